@@ -1,0 +1,1 @@
+"""Measurement: accuracy, and speed beside the physical limit."""
