@@ -1,0 +1,266 @@
+"""The checkpoint on disk, as it is written: shard by shard, each durable before the next, `manifest.json` last.
+
+Every file is written under a temporary name in the same directory, synced, renamed, and the directory synced; so at any
+moment, power loss included, the directory is absent, resumable or complete. While it is unfinished `partial/` holds the
+recipe and a record of each finished shard; what a resumed run trusts is what still matches those records on disk.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from offload.checkpoint import (
+    CONFIG_NAME,
+    DTYPES,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    PAYLOAD_ALIGNMENT,
+    Recipe,
+    read_header,
+    read_json,
+)
+from offload.errors import BusyError, CheckpointError, ResourceError, UsageError
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_TENSOR_ALIGNMENT = 64
+_PARTIAL = "partial"
+_LOCK = ".lock"
+
+
+class CheckpointWriter:
+    """Writes one checkpoint of `num_shards` shards. Use `open_writer`, which locks the directory and resumes."""
+
+    def __init__(self, directory: Path, recipe: Recipe, num_shards: int) -> None:
+        self.directory, self.recipe, self.num_shards = directory, recipe, num_shards
+        self._partial = directory / _PARTIAL
+        self._records: dict[int, dict[str, Any]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest of this very recipe is in place."""
+        return (self.directory / MANIFEST_NAME).exists()
+
+    def done(self, index: int) -> dict[str, Any] | None:
+        """Return the record of shard `index` if its file still matches it, so that it need not be made again."""
+        path = self._partial / f"{index:05d}.json"
+        if index not in self._records and path.exists():
+            record = read_json(path)
+            if self._matches(record):
+                self._records[index] = record
+        return self._records.get(index)
+
+    def write_shard(self, index: int, module: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
+        """Write shard `index` (0-based) durably, then its record. `report` is what the manifest says of the layer."""
+        path = self.directory / self._shard_name(index)
+        checksums = write_safetensors(path, tensors)
+        record = {
+            "file": path.name,
+            "module": module,
+            "size_bytes": path.stat().st_size,
+            "xxh3": checksums,
+            "report": report,
+        }
+        write_durably(self._partial / f"{index:05d}.json", _json_bytes(record))
+        self._records[index] = record
+
+    def finish(self, config: dict[str, Any], extra_files: dict[str, bytes]) -> None:
+        """Write config, index, the files around the weights, and the manifest last; then drop the partial records."""
+        records = [self._records[index] for index in range(self.num_shards)]
+        for name, content in extra_files.items():
+            write_durably(self.directory / name, content)
+        config = {**config, "quantization_config": self.recipe.quantization_config()}
+        write_durably(self.directory / CONFIG_NAME, _json_bytes(config))
+        weight_map = {name: record["file"] for record in records for name in record["xxh3"]}
+        total_bytes = sum(spec.nbytes for r in records for spec in read_header(self.directory / r["file"])[1].values())
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_durably(self.directory / INDEX_NAME, _json_bytes(index))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "recipe": self.recipe.to_json(),
+            "shards": [{k: record[k] for k in ("file", "module", "size_bytes", "xxh3")} for record in records],
+            "files": sorted(extra_files),
+            "layer_errors": {record["module"]: record["report"] for record in records if record["report"]},
+        }
+        write_durably(self.directory / MANIFEST_NAME, _json_bytes(manifest))
+        shutil.rmtree(self._partial)
+
+    def _shard_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def _matches(self, record: dict[str, Any]) -> bool:
+        """Whether the shard on disk is the one that was recorded, every byte of it."""
+        path = self.directory / record["file"]
+        try:
+            offset, tensors = read_header(path)
+        except CheckpointError:
+            return False
+        if path.stat().st_size != record["size_bytes"] or set(tensors) != set(record["xxh3"]):
+            return False
+        with path.open("rb") as file:
+            for name, spec in tensors.items():
+                file.seek(offset + spec.offset)
+                if xxhash.xxh3_64_hexdigest(file.read(spec.nbytes)) != record["xxh3"][name]:
+                    return False
+        return True
+
+
+@contextmanager
+def open_writer(directory: Path, recipe: Recipe, num_shards: int, overwrite: bool) -> Iterator[CheckpointWriter]:
+    """Lock `directory` and yield a writer that resumes what an interrupted run with the same recipe left there.
+
+    Raises UsageError if the directory holds anything else (with `overwrite`: anything this toolkit did not write),
+    BusyError if another process writes there, ResourceError if it cannot be created.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--output {directory}: a file is in the way; name a directory")
+    lock = _take_lock(directory)
+    try:
+        _prepare(directory, recipe, overwrite)
+        yield CheckpointWriter(directory, recipe, num_shards)
+    finally:
+        (directory / _LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write a shard whose payload starts on a 4096-byte boundary; return the xxh3-64 of each tensor by name.
+
+    Tensors whose size keeps a 64-byte alignment come first, largest first; the odd ones follow by falling item size, so
+    that each starts on a multiple of its own. The format allows spaces behind its header and no hole between tensors.
+    """
+    order = sorted(tensors, key=lambda name: _placement_key(name, tensors[name]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        end = offset + tensors[name].nbytes
+        dtype, shape = _DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    padded = encoded.ljust(-(-(8 + len(encoded)) // PAYLOAD_ALIGNMENT) * PAYLOAD_ALIGNMENT - 8)
+    payload = [tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data for name in order]
+    write_durably(path, len(padded).to_bytes(8, "little"), padded, *payload)
+    return {name: xxhash.xxh3_64_hexdigest(data) for name, data in zip(order, payload, strict=True)}
+
+
+def _placement_key(name: str, tensor: Tensor) -> tuple[bool, int, int, str]:
+    odd = tensor.nbytes % _TENSOR_ALIGNMENT != 0
+    return odd, -tensor.element_size() if odd else 0, -tensor.nbytes, name
+
+
+def write_durably(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file so that after any crash it is whole or absent. Raises ResourceError, leaving no temporary file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        needed = sum(memoryview(part).nbytes for part in parts)
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}); {needed} bytes needed, {free} free. "
+            "What is finished is kept: run the same command again to resume"
+        ) from None
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(directory: Path) -> int:
+    """Take the directory's lock, which the kernel drops with the process, and leave our pid in it."""
+    path = directory / _LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ResourceError(f"--output {directory}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = path.exists() and path.stat().st_ino == os.fstat(lock).st_ino  # not one just removed by its owner
+    except BlockingIOError:
+        held = False
+    if not held:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
+        os.close(lock)
+        raise BusyError(f"{directory}: process {holder} is writing here; wait for it or choose another --output")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock
+
+
+def _prepare(directory: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Leave `directory` empty with our recipe in it, or resumable, or complete; or refuse."""
+    entries = {entry.name for entry in directory.iterdir()} - {_LOCK}
+    partial = directory / _PARTIAL
+    if entries and overwrite:
+        _delete_ours(directory)
+        entries = {entry.name for entry in directory.iterdir()} - {_LOCK}
+    if MANIFEST_NAME in entries:
+        _refuse_other(directory, recipe, read_json(directory / MANIFEST_NAME).get("recipe"), "a finished checkpoint")
+        shutil.rmtree(partial, ignore_errors=True)
+    elif (partial / "recipe.json").exists():
+        _refuse_other(directory, recipe, read_json(partial / "recipe.json"), "an unfinished run")
+    elif entries - {_PARTIAL}:
+        some = ", ".join(sorted(entries)[:3])
+        raise UsageError(f"--output {directory}: not empty ({some}); choose another directory or empty this one")
+    else:
+        partial.mkdir(exist_ok=True)
+        write_durably(partial / "recipe.json", _json_bytes(recipe.to_json()))
+
+
+def _refuse_other(directory: Path, recipe: Recipe, found: object, what: str) -> None:
+    wanted = json.loads(_json_bytes(recipe.to_json()))
+    if found == wanted:
+        return
+    known = found if isinstance(found, dict) else {}
+    differing = [
+        f"{key}: {known.get(key)!r} there, {wanted[key]!r} asked" for key in wanted if known.get(key) != wanted[key]
+    ]
+    raise UsageError(
+        f"--output {directory}: holds {what} of another recipe ({'; '.join(differing)}); "
+        "use --overwrite to replace it or another --output"
+    )
+
+
+def _delete_ours(directory: Path) -> None:
+    """Remove what this toolkit wrote, the manifest first; any other file stays, and is refused afterwards."""
+    manifest, partial = directory / MANIFEST_NAME, directory / _PARTIAL
+    names = {INDEX_NAME, CONFIG_NAME}
+    if manifest.exists():
+        names |= set(read_json(manifest).get("files", []))
+        manifest.unlink()
+    elif not (partial / "recipe.json").exists():
+        return
+    shards = [path.name for path in directory.glob("model-*-of-*.safetensors")]
+    for name in sorted(names.union(shards)):
+        (directory / Path(name).name).unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _json_bytes(values: object) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
