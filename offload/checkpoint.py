@@ -1,8 +1,9 @@
 """The checkpoint on disk, as it is read.
 
-A directory that Hugging Face tools accept: config.json with compressed-tensors' `pack-quantized` settings, an index, and
-one safetensors shard a decoder layer (the first holds the embeddings, the last the final norm and head), so that a layer
-is one contiguous range of one file and one read. `manifest.json` is written last; a directory without it is unfinished.
+A directory that Hugging Face tools accept: config.json with compressed-tensors' `pack-quantized` settings, an index,
+and one safetensors shard a decoder layer (the first holds the embeddings, the last the final norm and head), so that a
+layer is one contiguous range of one file and one read. `manifest.json` is written last; without it a directory is
+unfinished.
 
 The header of every shard is checked by safetensors itself before an offset of it is used. No name out of a file becomes
 a path unless it is a single component ending in .safetensors, and nothing is ever unpickled.
@@ -141,7 +142,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str) -> "Checkpoint":
-        """Check a directory and describe it. Raises CheckpointError naming the file, and the tensor where there is one."""
+        """Check a directory and describe it. Raises CheckpointError naming file and tensor."""
         directory = Path(directory)
         if not (directory / MANIFEST_NAME).exists():
             raise CheckpointError(_why_no_manifest(directory))
@@ -190,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise CheckpointError unless `path` is a readable regular file (links to one are fine: the hub's cache has them)."""
+    """Raise CheckpointError unless `path` is a readable regular file (a link to one is fine)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

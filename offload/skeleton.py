@@ -1,0 +1,66 @@
+"""A transformers model without its weights: every parameter on the meta device, every buffer real.
+
+Models come from transformers; nothing of an architecture is written here. Weights are assigned a layer at a time, by
+whoever walks the model.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from offload.checkpoint import CONFIG_NAME, read_json
+from offload.errors import InputError
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Return the model's configuration without `quantization_config`, which is ours to act on, not transformers'.
+
+    Raises InputError for an architecture that transformers does not know.
+    """
+    values = read_json(directory / CONFIG_NAME)
+    values.pop("quantization_config", None)
+    model_type = values.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{directory / CONFIG_NAME}: transformers cannot build model_type {model_type!r} ({reason}); "
+            "models that bring their own code are never run"
+        ) from None
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a causal language model of `config` whose floating parameters would be `dtype`; nothing is allocated."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of the decoder layers: the longest list of modules that holds linears.
+
+    Raises InputError if the model has none.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(isinstance(inner, nn.Linear) for inner in module.modules())
+    ]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of decoder layers was found in it")
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer of `module`, without copying it."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

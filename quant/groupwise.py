@@ -1,0 +1,88 @@
+"""Rounding to a grid: scales and zero points of groups, and codes, as pure functions of a float weight.
+
+Axes: N outputs, K inputs, C = K / G groups of G inputs in a row. Everything is float32 until it is packed; scales are
+rounded to the dtype of the file before codes are chosen, so what is searched is what is stored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.packed import CODE_MAX, SYMMETRIC_ZERO, PackedWeight, check_group_size, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The representable weights: 4-bit codes under one scale (and zero point, when asymmetric) a group.
+
+    group_size: G in elements, None for the whole row. scale_dtype: bfloat16 or float16, as stored.
+    """
+
+    group_size: int | None
+    symmetric: bool
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    def group(self, in_features: int) -> int:
+        """Return G for a weight of K = `in_features`. Raises ValueError if K cannot be cut so."""
+        size = in_features if self.group_size is None else self.group_size
+        check_group_size(in_features, size)
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Scale and zero point of every group, float32 [N, C]; the scale holds values of the file's dtype exactly."""
+
+    scale: Tensor
+    zero: Tensor
+
+
+def range_parameters(low: Tensor, high: Tensor, grid: Grid) -> Parameters:
+    """Return the parameters whose grid spans [low, high]; both float32 [N, C], low <= 0 <= high.
+
+    Symmetric: s = max(|low|, |high|) / 7.5, so that codes -8..7 are all used (compressed-tensors' convention).
+    Asymmetric: s = (high - low) / 15, z = round(-low / s).
+    """
+    if grid.symmetric:
+        scale = round_scale(torch.maximum(-low, high) / 7.5, grid.scale_dtype)
+        return Parameters(scale, torch.full_like(scale, SYMMETRIC_ZERO))
+    scale = round_scale((high - low) / CODE_MAX, grid.scale_dtype)
+    return Parameters(scale, (-low / scale).round().clamp(0, CODE_MAX))
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to `dtype`'s values, away from zero: a group of zeros gets the smallest normal scale, not 0."""
+    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+
+
+def minmax(weight: Tensor, grid: Grid) -> Parameters:
+    """Return the round-to-nearest parameters of a float32 weight [N, K]: the whole range of every group."""
+    grouped = weight.unflatten(1, (-1, grid.group(weight.shape[1])))
+    return range_parameters(grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0), grid)
+
+
+def codes(weight: Tensor, parameters: Parameters) -> Tensor:
+    """Return the nearest codes, float32 integers in 0..15, of a weight [N, K]."""
+    grouped = weight.unflatten(1, (parameters.scale.shape[1], -1))
+    rounded: Tensor = grouped / parameters.scale[..., None] + parameters.zero[..., None]
+    return rounded.round_().clamp_(0, CODE_MAX).flatten(1)
+
+
+def values(code: Tensor, parameters: Parameters) -> Tensor:
+    """Return (q - z) * s, float32 [N, K], for codes [N, K]."""
+    grouped = code.unflatten(1, (parameters.scale.shape[1], -1))
+    represented: Tensor = (grouped - parameters.zero[..., None]) * parameters.scale[..., None]
+    return represented.flatten(1)
+
+
+def fake_quantize(weight: Tensor, parameters: Parameters) -> Tensor:
+    """Return the representable weight nearest to `weight`, float32 [N, K]."""
+    return values(codes(weight, parameters), parameters)
+
+
+def pack_weight(weight: Tensor, parameters: Parameters, grid: Grid) -> PackedWeight:
+    """Round a float32 weight [N, K] to the grid and pack it."""
+    zero = None if grid.symmetric else parameters.zero.to(torch.uint8)
+    scale = parameters.scale.to(grid.scale_dtype)
+    return pack(codes(weight, parameters).to(torch.uint8), scale, zero, grid.group(weight.shape[1]))

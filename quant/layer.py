@@ -1,0 +1,110 @@
+"""One decoder layer at work: its inputs, its linears, and what flows between them.
+
+Axes: S samples, T tokens, D hidden, K inputs of a linear, N its outputs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What a decoder layer is called with: hidden states of all samples, and arguments that all samples share.
+
+    hidden_STD: float32 [S, T, D]. arguments: keyword arguments of the layer's forward, for a batch of one.
+    batch_samples: how many samples go through at a time.
+    """
+
+    hidden_STD: Tensor
+    arguments: dict[str, Any]
+    batch_samples: int = 4
+
+    def select(self, samples: slice) -> "LayerInputs":
+        """Return the same inputs for some of the samples; a view."""
+        return LayerInputs(self.hidden_STD[samples], self.arguments, self.batch_samples)
+
+    def split_held_out(self, share: int) -> tuple["LayerInputs", "LayerInputs"]:
+        """Split off the last 1/`share` of the samples, at least one; a single sample is both parts."""
+        samples = len(self.hidden_STD)
+        kept = samples - max(1, samples // share)
+        return self.select(slice(0, max(1, kept))), self.select(slice(kept, samples))
+
+    def outputs(self, layer: nn.Module) -> Iterator[Tensor]:
+        """Yield the layer's hidden states, float32 [batch, T, D], batch after batch."""
+        for batch_BTD in self.hidden_STD.split(self.batch_samples):
+            output = layer(batch_BTD, **self.arguments)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def run(self, layer: nn.Module) -> Tensor:
+        """Return the layer's hidden states of all samples, float32 [S, T, D]."""
+        return torch.cat(list(self.outputs(layer)))
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What a linear's loss needs to know of its inputs x.
+
+    gram: E[x x^T], float32 [K, K]. magnitude: E[|x|], float32 [K].
+    """
+
+    gram: Tensor
+    magnitude: Tensor
+
+    def loss(self, difference: Tensor) -> float:
+        """Return E[|(W' - W) x|^2] for a difference of weights [N, K]: the output's squared error, exactly."""
+        return float(torch.sum((difference @ self.gram) * difference))
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers inside, by their name within the layer, in the module's order."""
+    return {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+
+
+def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict[str, Moments]:
+    """Run the layer on all samples and return the moments of the inputs of the named linears.
+
+    Linears that share an input share its moments. Raises ValueError naming a linear that was never called.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    counts: dict[str, int] = {}
+    shared: dict[str, str] = {}
+    owner: dict[int, tuple[str, Tensor]] = {}  # an address is an identity only while its tensor lives
+
+    def observe(name: str, x: Tensor) -> None:
+        first, _ = owner.setdefault(x.data_ptr(), (name, x))
+        shared[name] = first
+        if first != name:
+            return
+        x_TK = x.flatten(0, -2)
+        gram, magnitude = sums.get(name, (torch.zeros(()), torch.zeros(())))
+        sums[name] = (gram + x_TK.T @ x_TK, magnitude + x_TK.abs().sum(0))
+        counts[name] = counts.get(name, 0) + len(x_TK)
+
+    with observed_inputs(layer, names, observe):
+        for _ in inputs.outputs(layer):
+            owner.clear()
+    missing = [name for name in names if name not in shared]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not called by any calibration sample")
+    means = {name: Moments(g / counts[name], m / counts[name]) for name, (g, m) in sums.items()}
+    return {name: means[shared[name]] for name in names}
+
+
+@contextmanager
+def observed_inputs(layer: nn.Module, names: Iterable[str], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `observe(name, x)` with the input of each named submodule while the context lasts."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, arguments: observe(name, arguments[0])
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,335 @@
+"""From a command line to a checkpoint: the flags every method shares, the plan checked before any work, the walk.
+
+What can be wrong is found before the first layer: shapes that no group size cuts, linears that cannot be quantized,
+weights that are not finite, text that is too short, a directory that is not ours, a disk that is too small.
+"""
+
+import argparse
+import fnmatch
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import offload
+from kernels.packed import GROUP_SIZES, check_group_size
+from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, is_checkpoint, read_json
+from offload.checkpoint_writer import open_writer
+from offload.command import Parser, format_bytes, format_seconds, run, say
+from offload.errors import InputError, ResourceError, UsageError
+from offload.skeleton import build_skeleton, decoder_layers, read_config
+from offload.source import model_name, resolve_model
+from offload.text import load_text, sample_windows, tokenize
+from quant.groupwise import Grid
+from quant.layer import linears
+from quant.model_card import model_card
+from quant.source_weights import SourceWeights
+from quant.walk import Method, Walk
+
+_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, known before it does anything.
+
+    quantized, skipped: full names of the linears. group_size: G, None for the whole row.
+    expected_bytes: size of the checkpoint.
+    """
+
+    name: str
+    directory: Path
+    model: nn.Module
+    source: SourceWeights
+    quantized: tuple[str, ...]
+    skipped: tuple[str, ...]
+    group_size: int | None
+    symmetric: bool
+    scale_dtype: torch.dtype
+    head_dim: int
+    hidden_size: int
+    vocabulary: int
+    expected_bytes: int
+
+
+def run_method(name: str, make: Callable[[], Method], argv: list[str] | None) -> int:
+    """Run `python -m quant.<name>` with a method made by `make`; returns the exit status."""
+
+    def command(arguments: list[str]) -> None:
+        method = make()
+        options = _parser(name, method.needs_inputs).parse_args(arguments)
+        quantize(method, options)
+
+    return run(command, argv)
+
+
+def _parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
+    parser = Parser(f"quant.{name}", f"Quantize a causal language model to int4 with {name.upper()}, layer by layer.")
+    add = parser.add_argument
+    add("-m", "--model", help="directory or hub id; without it the embedded SmolLM2-135M-Instruct")
+    add("-o", "--output", type=Path, help="directory to write; default checkpoints/NAME-METHOD-int4-gGROUP")
+    add("--bits", type=int, default=4, choices=[4], help="bits of a weight")
+    add(
+        "--group-size",
+        choices=["32", "64", "128", "row"],
+        help="inputs that share a scale; default: the largest that fits",
+    )
+    symmetry = parser.add_mutually_exclusive_group()
+    symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=True, help="no zero points")
+    symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
+    add("--skip", action="append", default=[], metavar="GLOB", help="linears to leave as they are, by name; repeatable")
+    add("--seed", type=int, default=0, help="chooses the calibration windows")
+    add("--overwrite", action="store_true", help="replace a checkpoint this toolkit wrote")
+    add("--json", action="store_true", help="print one JSON object about the result on stdout")
+    if needs_inputs:
+        add("--calibration", metavar="FILE|DATASET", help="text; default: half of the topics of pydoc_data")
+        add("--num-samples", type=_positive, default=64, help="windows of calibration text")
+        add("--seq-len", type=_positive, default=512, help="tokens of a window")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{value} is not above zero")
+    return value
+
+
+@torch.no_grad()
+def quantize(method: Method, options: argparse.Namespace) -> None:
+    """Plan, calibrate, write and report. Raises ToolkitError for whatever the user can mend."""
+    started = time.monotonic()
+    plan = make_plan(options)
+    size = "row" if plan.group_size is None else str(plan.group_size)
+    output: Path = options.output or Path("checkpoints") / f"{plan.name}-{method.name}-int4-g{size}"
+    _check_output(output, plan)
+    windows, calibration = _calibration(method, options, plan)
+    _print_plan(plan, method, output, windows)
+    recipe = Recipe(
+        method=method.name,
+        bits=options.bits,
+        group_size=plan.group_size,
+        symmetric=plan.symmetric,
+        ignore=plan.skipped,
+        source=options.model,
+        source_xxh3=plan.source.fingerprint(),
+        seed=options.seed,
+        settings=method.settings_json(),
+        versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **calibration,
+    )
+    _, layers = decoder_layers(plan.model)
+    with open_writer(output, recipe, len(layers) + 2, options.overwrite) as writer:
+        if writer.complete:
+            say(f"{output}: already complete")
+        else:
+            grid = Grid(plan.group_size, plan.symmetric, plan.scale_dtype)
+            Walk(plan.model, plan.source, writer, method, grid, frozenset(plan.skipped), plan.head_dim).run(windows)
+            card = model_card(plan.name, output.name, recipe, plan.source.nbytes, plan.expected_bytes)
+            writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
+    _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Read configuration and headers only, and decide what will be quantized. Raises InputError or UsageError."""
+    directory = resolve_model(options.model)
+    if is_checkpoint(directory):
+        raise InputError(f"{directory}: already quantized; name the model it was made from")
+    source = SourceWeights.open(directory)
+    config = read_config(directory)
+    model = build_skeleton(config, torch.float32)
+    _check_names(directory, model, source)
+    prefix, layers = decoder_layers(model)
+    inside = {f"{prefix}.{i}.{key}": linear for i, layer in enumerate(layers) for key, linear in linears(layer).items()}
+    outside = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and key not in inside]
+    skipped = sorted({key for glob in options.skip for key in _matching(glob, list(inside))})
+    quantized = {key: linear for key, linear in inside.items() if key not in skipped}
+    if not quantized:
+        raise UsageError("--skip leaves nothing to quantize")
+    group_size = _choose_group_size(options.group_size, quantized)
+    dtypes = {source.locations[f"{key}.weight"].spec.dtype for key in quantized}
+    text_config = config.get_text_config(decoder=True)
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return Plan(
+        name=model_name(options.model),
+        directory=directory,
+        model=model,
+        source=source,
+        quantized=tuple(quantized),
+        skipped=tuple(outside + skipped),
+        group_size=group_size,
+        symmetric=options.symmetric,
+        scale_dtype=torch.float16 if dtypes == {torch.float16} else torch.bfloat16,
+        head_dim=head_dim,
+        hidden_size=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
+        expected_bytes=_expected_bytes(source, quantized, group_size, options.symmetric),
+    )
+
+
+def _choose_group_size(asked: str | None, quantized: dict[str, nn.Linear]) -> int | None:
+    """Return G, None for whole rows. Raises UsageError listing what fits if what was asked does not."""
+    fitting = [str(size) for size in GROUP_SIZES if not _unfit(quantized, size)]
+    if not _unfit(quantized, None):
+        fitting.append("row")
+    if asked is None and len(fitting) > 1:
+        asked = fitting[-2]
+        if asked != str(GROUP_SIZES[-1]):
+            name, width = _unfit(quantized, GROUP_SIZES[-1])[0]
+            say(f"group size {asked}: the largest that fits, as {name} has {width} inputs")
+    size = None if asked == "row" else int(asked or GROUP_SIZES[-1])
+    unfit = _unfit(quantized, size)
+    if unfit:
+        some = ", ".join(f"{name} with {width} inputs" for name, width in unfit[:3])
+        fits = f"--group-size {' or '.join(fitting)} fits" if fitting else "no group size fits"
+        raise UsageError(
+            f"--group-size {asked}: does not divide {len(unfit)} linears ({some}, ...); {fits}, or use --skip"
+        )
+    return size
+
+
+def _unfit(quantized: dict[str, nn.Linear], group_size: int | None) -> list[tuple[str, int]]:
+    unfit = []
+    for name, linear in quantized.items():
+        try:
+            check_group_size(linear.in_features, group_size or linear.in_features)
+        except ValueError:
+            unfit.append((name, linear.in_features))
+    return unfit
+
+
+def _check_names(directory: Path, model: nn.Module, source: SourceWeights) -> None:
+    """Demand a tensor of the right shape for every parameter, tied ones excepted, and no tensor without a place."""
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        location = source.locations.get(name)
+        if location is None and name not in tied:
+            raise InputError(
+                f"{directory}: tensor {name!r} is missing; the download is incomplete or of another version"
+            )
+        if location is not None and location.spec.shape != tuple(parameter.shape):
+            expected, found = list(parameter.shape), list(location.spec.shape)
+            raise InputError(f"{location.path}: tensor {name!r} is {found}, the configuration asks for {expected}")
+    unknown = sorted(name for name in source.locations if name not in parameters and not name.endswith(".inv_freq"))
+    if unknown:
+        raise InputError(
+            f"{directory}: {len(unknown)} tensors have no place in {type(model).__name__} ({', '.join(unknown[:3])}); "
+            "its weights are stored in a form this version does not convert"
+        )
+
+
+def _matching(glob: str, names: list[str]) -> list[str]:
+    matching = fnmatch.filter(names, glob)
+    if not matching:
+        raise UsageError(f"--skip {glob!r}: matches none of {len(names)} linears, such as {names[0]!r}")
+    return matching
+
+
+def _expected_bytes(
+    source: SourceWeights, quantized: dict[str, nn.Linear], group_size: int | None, symmetric: bool
+) -> int:
+    total = source.nbytes
+    for name, linear in quantized.items():
+        groups = linear.in_features // (group_size or linear.in_features)
+        scale_bytes = 2 * linear.out_features * groups
+        zero_bytes = 0 if symmetric else 4 * -(-linear.out_features // 8) * groups
+        packed_bytes = linear.in_features * linear.out_features // 2
+        total += packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
+    return total
+
+
+def _check_output(output: Path, plan: Plan) -> None:
+    if output.resolve().is_relative_to(plan.directory.resolve()):
+        raise UsageError(f"--output {output}: lies inside the model it is made from")
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    written = sum(path.stat().st_size for path in output.glob("model-*.safetensors")) if output.is_dir() else 0
+    if plan.expected_bytes - written > free_bytes:
+        needed = format_bytes(plan.expected_bytes - written)
+        raise ResourceError(f"--output {output}: {needed} needed, {format_bytes(free_bytes)} free on that disk")
+
+
+def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return the windows [S, T] a method needs, and the recipe's fields about them."""
+    if not method.needs_inputs:
+        return None, {}
+    text = load_text(options.calibration, "calibration")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plan.directory)
+    tokens = tokenize(text, tokenizer)
+    vocabulary = plan.vocabulary
+    if int(tokens.max()) >= vocabulary:
+        raise InputError(
+            f"{plan.directory}: the tokenizer knows {int(tokens.max())}, the model only {vocabulary} tokens"
+        )
+    windows = sample_windows(tokens, options.num_samples, options.seq_len, options.seed)
+    fields = {"calibration_name": text.name, "calibration_sha256": text.sha256}
+    return windows, {**fields, "num_samples": options.num_samples, "seq_len": options.seq_len}
+
+
+def _print_plan(plan: Plan, method: Method, output: Path, windows: Tensor | None) -> None:
+    _, layers = decoder_layers(plan.model)
+    kind = "symmetric" if plan.symmetric else "asymmetric"
+    size = "whole rows" if plan.group_size is None else f"groups of {plan.group_size}"
+    loads = "transformers, vLLM" if plan.symmetric else "vLLM; transformers with dequantize=True"
+    say(f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}")
+    say(f"method   {method.name}, int4 {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
+    if windows is not None:
+        hidden_bytes = windows.numel() * plan.hidden_size * 4
+        say(
+            f"data     {len(windows)} windows of {windows.shape[1]} tokens; "
+            f"their hidden states take {format_bytes(hidden_bytes)}"
+        )
+    say(f"output   {output}, about {format_bytes(plan.expected_bytes)}; loads here and in {loads}")
+
+
+def _other_files(directory: Path) -> dict[str, bytes]:
+    """Return tokenizer, chat template and settings, byte for byte."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and path.suffix in _COPIED_SUFFIXES
+        and path.name != CONFIG_NAME
+        and not path.name.endswith(".index.json")
+    }
+
+
+def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -> None:
+    reports = [report for report in checkpoint.layer_errors.values() if "error" in report]
+    fallbacks = sum(report["fallback"] for report in reports)
+    result = {
+        "output": str(checkpoint.directory),
+        "method": checkpoint.recipe.method,
+        "group_size": checkpoint.recipe.group_size,
+        "symmetric": checkpoint.recipe.symmetric,
+        "source_bytes": plan.source.nbytes,
+        "checkpoint_bytes": checkpoint.nbytes,
+        "layers": len(checkpoint.blobs) - 2,
+        "layers_fallen_back": fallbacks,
+        "error": _mean([report["error"] for report in reports]),
+        "rtn_error": _mean([report["rtn_error"] for report in reports]),
+        "seconds": round(seconds, 1),
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    ratio = plan.source.nbytes / checkpoint.nbytes
+    print(
+        f"{checkpoint.directory}: {format_bytes(plan.source.nbytes)} -> {format_bytes(checkpoint.nbytes)} "
+        f"({ratio:.1f}x) in {format_seconds(seconds)}"
+    )
+    if reports:
+        print(f"mean layer error on held-out windows {result['error']:.4f}, round-to-nearest {result['rtn_error']:.4f}")
+    print(f"next: python -m eval.ppl --model {checkpoint.directory} --baseline")
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,37 @@
+"""Round to nearest: the whole range of every group, no calibration. The baseline of tables. `python -m quant.rtn`"""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from quant.groupwise import Grid, Parameters, minmax
+from quant.layer import LayerInputs
+
+
+class Rtn:
+    """The method, as the walk over the layers calls it."""
+
+    name = "rtn"
+    needs_inputs = False
+
+    def settings_json(self) -> dict[str, Any]:
+        """Return the settings that decide the result: none."""
+        return {}
+
+    def quantize_layer(
+        self, layer: nn.Module, inputs: LayerInputs | None, names: list[str], grid: Grid, head_dim: int
+    ) -> tuple[dict[str, Parameters], dict[str, Any]]:
+        """Return the parameters of the named linears of `layer` (float32)."""
+        return {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name in names}, {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    from quant.pipeline import run_method
+
+    return run_method("rtn", Rtn, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
