@@ -1,0 +1,99 @@
+// The C interface, called through ctypes: no Python and no torch in it.
+#include <chrono>
+
+#include "job.h"
+#include "pool.h"
+
+using namespace int4;
+
+namespace {
+
+constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kBatchedChunkRows = 32;
+
+const Kernels& kernels(int level) {
+#if defined(__x86_64__)
+    if (level == 2) return avx512_kernels;
+    if (level == 1) return avx2_kernels;
+#endif
+    (void)level;
+    return portable_kernels;
+}
+
+int64_t chunk_rows(const Weight& w, int64_t batch) {
+    int64_t rows = kChunkBytes / (w.row_bytes() + 1) + 1;
+    return batch > 1 && rows > kBatchedChunkRows ? kBatchedChunkRows : rows;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best level this processor has: 2 AVX512-VNNI, 1 AVX2 with FMA and F16C, 0 plain C++.
+int int4_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+// Bytes of workspace that int4_fast needs for its quantised activations.
+int64_t int4_workspace_bytes(int64_t batch, int64_t inputs, int64_t group) {
+    int64_t steps = (inputs + kStep - 1) / kStep;
+    return batch * (steps * kStep + 4 * steps + 4 * (inputs / group));
+}
+
+// out [batch, rows] = x [batch, inputs] times the weight, plus bias; activations rounded to int8 step by step.
+void int4_fast(int level, int threads, const uint8_t* codes, const uint16_t* scale, int scale_is_bf16,
+               const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, const float* x, int64_t batch,
+               const float* bias, float* out, void* workspace) {
+    const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+    const int64_t steps = w.steps();
+    float* floats = static_cast<float*>(workspace);
+    const Activations a{reinterpret_cast<int8_t*>(floats + batch * (steps + w.groups())), floats, floats + batch * steps};
+    const Kernels& k = kernels(level);
+    pool().run(threads, batch, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+            k.quantize(x + m * inputs, inputs, group, a.values + m * steps * kStep, a.scale + m * steps,
+                       a.group_sum + m * w.groups());
+    });
+    pool().run(threads, rows, chunk_rows(w, batch),
+               [&](int64_t begin, int64_t end) { k.fast(w, a, batch, bias, out, begin, end); });
+}
+
+// The same product with float32 activations.
+void int4_exact(int level, int threads, const uint8_t* codes, const uint16_t* scale, int scale_is_bf16,
+                const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, const float* x, int64_t batch,
+                const float* bias, float* out) {
+    const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+    const Kernels& k = kernels(level);
+    pool().run(threads, rows, chunk_rows(w, batch),
+               [&](int64_t begin, int64_t end) { k.exact(w, x, batch, bias, out, begin, end); });
+}
+
+// out [stop - start, inputs] = rows start..stop of the weight in float32.
+void int4_dequantize(int level, int threads, const uint8_t* codes, const uint16_t* scale, int scale_is_bf16,
+                     const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, float* out, int64_t start,
+                     int64_t stop) {
+    const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+    const Kernels& k = kernels(level);
+    pool().run(threads, stop - start, chunk_rows(w, 1), [&](int64_t begin, int64_t end) {
+        k.dequantize(w, out + begin * inputs, start + begin, start + end);
+    });
+}
+
+// Seconds to read `bytes` once with all threads: the limit that a product with one activation is held against.
+double int4_read_seconds(int level, int threads, const uint8_t* data, int64_t bytes) {
+    const Kernels& k = kernels(level);
+    std::atomic<int64_t> total{0};
+    const auto start = std::chrono::steady_clock::now();
+    pool().run(threads, bytes, kChunkBytes,
+               [&](int64_t begin, int64_t end) { total += k.read(data + begin, end - begin); });
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    return total == INT64_MIN ? 0 : elapsed.count();  // the sum is used, so that no read can be left out
+}
+}

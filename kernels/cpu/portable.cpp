@@ -1,0 +1,58 @@
+// The int4 product in plain C++, for any machine.
+#include "job.h"
+
+namespace {
+
+constexpr int kTileRows = 1;
+constexpr int kTileBatch = 4;
+
+struct Codes {
+    uint8_t low[64], high[64];
+};
+struct Sums {
+    int32_t quarter[4];  // 32 codes each, the smallest group
+};
+struct Scales {
+    float quarter[4];
+};
+using Total = float;
+
+inline Codes load_tail(const uint8_t* p, int64_t bytes) {
+    Codes codes = {};
+    for (int64_t i = 0; i < bytes; ++i) {
+        codes.low[i] = p[i] & 15;
+        codes.high[i] = p[i] >> 4;
+    }
+    return codes;
+}
+
+inline Codes load(const uint8_t* p) { return load_tail(p, 64); }
+
+inline Sums dot(const Codes& codes, const int8_t* x) {
+    Sums sums = {};
+    for (int q = 0; q < 4; ++q)
+        for (int i = 16 * q; i < 16 * q + 16; ++i) sums.quarter[q] += codes.low[i] * x[i] + codes.high[i] * x[i + 64];
+    return sums;
+}
+
+template <int G>
+inline Scales spread(const float* scale) {
+    Scales scales;
+    for (int q = 0; q < 4; ++q) scales.quarter[q] = scale[G == 32 ? q : G == 64 ? q / 2 : 0];
+    return scales;
+}
+
+inline Total add(Total total, const Sums& sums, const Scales& scales, float step_scale) {
+    for (int q = 0; q < 4; ++q) total += float(sums.quarter[q]) * (scales.quarter[q] * step_scale);
+    return total;
+}
+
+inline float sum(Total total) { return total; }
+
+#include "rows.h"
+
+}  // namespace
+
+namespace int4 {
+extern const Kernels portable_kernels = {quantize, fast, exact, dequantize, read};
+}

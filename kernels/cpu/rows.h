@@ -1,0 +1,204 @@
+// The product of rows of an int4 weight with a few activations, over lanes that an instruction set supplies.
+//
+// Included by portable.cpp, avx2.cpp and avx512.cpp inside an unnamed namespace, after each has defined
+//   Codes, load(p), load_tail(p, bytes)   64 bytes of codes split into nibbles
+//   Sums, dot(codes, x)                   integer sums of 128 products, still spread over lanes
+//   Scales, spread<G>(s)                  the float scales of the groups in a step, one for each lane of Sums
+//   Total, add(total, sums, scales, xs)   total + sums * scales * xs
+//   kTileRows, kTileBatch                 how many rows and activations share the registers
+//
+// Every output is accumulated in the same order whatever the batch, the tile or the number of threads.
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kPrefetchBytes = 2048;
+
+inline float bf16_to_float(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline float fp16_to_float(uint16_t bits) {
+    uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+    uint32_t shifted = magnitude << 13, wide = shifted + (magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u);
+    float value;
+    if (magnitude < 0x0400) {
+        value = float(magnitude) * (1.0f / 16777216.0f);  // subnormal: a multiple of 2^-24
+        return sign ? -value : value;
+    }
+    wide |= sign;
+    __builtin_memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline float sum_products(const float* a, const float* b, int64_t count) {
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];
+    float total = 0;
+    for (int64_t j = 0; j < kLanes; ++j) total += lanes[j];
+    for (; i < count; ++i) total += a[i] * b[i];
+    return total;
+}
+
+inline int zero_of(const int4::Weight& w, int64_t row, int64_t group) {
+    return w.zero ? (uint32_t(w.zero[row / 8 * w.groups() + group]) >> (4 * (row % 8))) & 15 : 8;
+}
+
+// The scales of one row as floats, padded with zeros to whole steps, and each times its zero point.
+void row_scales(const int4::Weight& w, int64_t row, float* scale, float* scale_zero) {
+    const uint16_t* bits = w.scale + row * w.groups();
+    if (w.scale_is_bf16)
+        for (int64_t g = 0; g < w.groups(); ++g) scale[g] = bf16_to_float(bits[g]);
+    else
+        for (int64_t g = 0; g < w.groups(); ++g) scale[g] = fp16_to_float(bits[g]);
+    for (int64_t g = w.groups(); g < w.groups() + 4; ++g) scale[g] = 0;
+    if (w.zero)
+        for (int64_t g = 0; g < w.groups(); ++g) scale_zero[g] = scale[g] * float(zero_of(w, row, g));
+    else
+        for (int64_t g = 0; g < w.groups(); ++g) scale_zero[g] = scale[g] * 8;
+}
+
+// Round x to signed bytes step by step. A step that holds NaN or infinity gets the scale NaN, and so does its output.
+void quantize(const float* x, int64_t inputs, int64_t group, int8_t* values, float* scale, float* group_sum) {
+    for (int64_t g = 0; g < inputs / group; ++g) group_sum[g] = 0;
+    for (int64_t start = 0; start < inputs; start += int4::kStep, values += int4::kStep, ++scale) {
+        float block[int4::kStep] = {}, top[kLanes] = {}, bad[kLanes] = {};
+        int64_t count = inputs - start < int4::kStep ? inputs - start : int4::kStep;
+        __builtin_memcpy(block, x + start, count * sizeof(float));
+        for (int64_t i = 0; i < int4::kStep; i += kLanes)
+            for (int64_t j = 0; j < kLanes; ++j) {
+                float magnitude = __builtin_fabsf(block[i + j]);
+                top[j] = magnitude > top[j] ? magnitude : top[j];
+                bad[j] += block[i + j] * 0.0f;
+            }
+        float largest = 0, finite = 0;
+        for (int64_t j = 0; j < kLanes; ++j) {
+            largest = top[j] > largest ? top[j] : largest;
+            finite += bad[j];
+        }
+        *scale = largest / 127 + finite;
+        float inverse = largest > 1e-30f && finite == 0 ? 127 / largest : 0;
+        int32_t rounded[int4::kStep];
+        for (int64_t i = 0; i < int4::kStep; ++i) rounded[i] = int32_t(__builtin_rintf(block[i] * inverse));
+        for (int64_t i = 0; i < int4::kStep / 2; ++i) {
+            values[i] = int8_t(rounded[2 * i]);
+            values[i + int4::kStep / 2] = int8_t(rounded[2 * i + 1]);
+        }
+        int64_t piece = group < int4::kStep ? group : int4::kStep;
+        for (int64_t i = 0; i < count; i += piece) {
+            int32_t sum = 0;
+            for (int64_t j = 0; j < piece && i + j < int4::kStep; ++j) sum += rounded[i + j];
+            group_sum[(start + i) / group] += float(sum) * *scale;
+        }
+    }
+}
+
+// R rows from `row` times T activations from `m`. G is 32, 64, 128, or 0 for one group a row.
+template <int G, int R, int T>
+inline void tile(const int4::Weight& w, const int4::Activations& x, const float* scale, const float* scale_zero,
+                 int64_t stride, const float* bias, float* out, int64_t row, int64_t m) {
+    const int64_t steps = w.steps(), whole = w.inputs / int4::kStep, tail_bytes = w.row_bytes() - whole * 64;
+    Total total[R][T] = {};
+    for (int64_t s = 0; s < steps; ++s) {
+        Codes codes[R];
+        Scales scales[R];
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* p = w.codes + (row + r) * w.row_bytes() + s * 64;
+            if (T == 1) __builtin_prefetch(p + kPrefetchBytes);
+            codes[r] = s < whole ? load(p) : load_tail(p, tail_bytes);
+            scales[r] = spread<G>(scale + r * stride + (G ? s * (int4::kStep / (G ? G : 1)) : 0));
+        }
+        for (int t = 0; t < T; ++t) {
+            const int8_t* values = x.values + ((m + t) * steps + s) * int4::kStep;
+            const float step_scale = x.scale[(m + t) * steps + s];
+            for (int r = 0; r < R; ++r) total[r][t] = add(total[r][t], dot(codes[r], values), scales[r], step_scale);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) {
+            float offset = sum_products(scale_zero + r * stride, x.group_sum + (m + t) * w.groups(), w.groups());
+            out[(m + t) * w.rows + row + r] = sum(total[r][t]) - offset + (bias ? bias[row + r] : 0);
+        }
+}
+
+template <int G, int R>
+inline void row_block(const int4::Weight& w, const int4::Activations& x, int64_t m, int64_t m_end, const float* bias,
+                      float* out, int64_t row, float* scratch, int64_t stride) {
+    float *scale = scratch, *scale_zero = scratch + R * stride;
+    for (int r = 0; r < R; ++r) row_scales(w, row + r, scale + r * stride, scale_zero + r * stride);
+    if (m_end - m == kTileBatch)
+        tile<G, R, kTileBatch>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    else
+        for (; m < m_end; ++m) tile<G, R, 1>(w, x, scale, scale_zero, stride, bias, out, row, m);
+}
+
+template <int G>
+void fast_rows(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
+               int64_t begin, int64_t end) {
+    const int64_t stride = w.groups() + 4;
+    float* scratch = new float[2 * kTileRows * stride];
+    for (int64_t m = 0; m < batch; m += kTileBatch) {
+        const int64_t m_end = m + kTileBatch < batch ? m + kTileBatch : batch;
+        int64_t row = begin;
+        if (m_end - m > 1)  // a single activation is bound by memory, which one row at a time streams best
+            for (; row + kTileRows <= end; row += kTileRows)
+                row_block<G, kTileRows>(w, x, m, m_end, bias, out, row, scratch, stride);
+        for (; row < end; ++row) row_block<G, 1>(w, x, m, m_end, bias, out, row, scratch, stride);
+    }
+    delete[] scratch;
+}
+
+void fast(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
+          int64_t begin, int64_t end) {
+    auto rows = w.group == w.inputs ? fast_rows<0>
+                : w.group == 32     ? fast_rows<32>
+                : w.group == 64     ? fast_rows<64>
+                                    : fast_rows<128>;
+    rows(w, x, batch, bias, out, begin, end);
+}
+
+void dequantize_row(const int4::Weight& w, int64_t row, float* out) {
+    const uint8_t* codes = w.codes + row * w.row_bytes();
+    for (int64_t g = 0; g < w.groups(); ++g) {
+        const uint16_t bits = w.scale[row * w.groups() + g];
+        const float scale = w.scale_is_bf16 ? bf16_to_float(bits) : fp16_to_float(bits);
+        const int zero = zero_of(w, row, g);
+        for (int64_t i = 0; i < w.group / 2; ++i) {
+            const uint8_t pair = codes[g * w.group / 2 + i];
+            out[g * w.group + 2 * i] = float(int(pair & 15) - zero) * scale;
+            out[g * w.group + 2 * i + 1] = float(int(pair >> 4) - zero) * scale;
+        }
+    }
+}
+
+void dequantize(const int4::Weight& w, float* out, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) dequantize_row(w, row, out + (row - begin) * w.inputs);
+}
+
+void exact(const int4::Weight& w, const float* x, int64_t batch, const float* bias, float* out, int64_t begin,
+           int64_t end) {
+    float* values = new float[w.inputs];
+    for (int64_t row = begin; row < end; ++row) {
+        dequantize_row(w, row, values);
+        for (int64_t m = 0; m < batch; ++m)
+            out[m * w.rows + row] = sum_products(values, x + m * w.inputs, w.inputs) + (bias ? bias[row] : 0);
+    }
+    delete[] values;
+}
+
+// Touch every byte once, in order: what memory gives to a loop that does nothing else.
+int64_t read(const uint8_t* data, int64_t bytes) {
+    int64_t lanes[8] = {};
+    for (int64_t i = 0; i + 64 <= bytes; i += 64) {
+        __builtin_prefetch(data + i + kPrefetchBytes);
+        int64_t words[8];
+        __builtin_memcpy(words, data + i, 64);
+        for (int j = 0; j < 8; ++j) lanes[j] += words[j];
+    }
+    int64_t total = 0;
+    for (int j = 0; j < 8; ++j) total += lanes[j];
+    return total;
+}

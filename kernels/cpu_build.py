@@ -1,0 +1,85 @@
+"""Compile the CPU kernels once, into a per-user cache, with whatever C++ compiler the machine has.
+
+The library is named after a hash of its sources, its flags and the compiler, so a new version never meets an old one.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_SOURCES = Path(__file__).parent / "cpu"
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
+_FLAGS_BY_FILE = {"api.cpp": (), "portable.cpp": ()}
+_X86_FLAGS_BY_FILE = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512}
+
+
+class BuildError(Exception):
+    """No compiler was found, or it refused the sources."""
+
+
+def load_library() -> ctypes.CDLL:
+    """Return the compiled kernels, building them if this machine has not yet. Raises BuildError."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler (c++, g++ or clang++) on the PATH")
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int4-offload" / "kernels"
+    library = directory / f"int4-{_fingerprint(compiler)}.so"
+    if not library.exists():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not library.exists():
+                    _build(compiler, library)
+        except OSError as error:
+            raise BuildError(f"{directory}: {error.strerror}") from None
+    return ctypes.CDLL(str(library))
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C++ compiler, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def _files() -> dict[str, tuple[str, ...]]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return _FLAGS_BY_FILE | (_X86_FLAGS_BY_FILE if x86 else {})
+
+
+def _fingerprint(compiler: str) -> str:
+    digest = hashlib.sha256(repr((compiler, os.stat(compiler).st_mtime_ns, _FLAGS, _files())).encode())
+    for path in sorted(_SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compile every source with its own flags and link them; the library appears under its name complete."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects = {name: Path(scratch) / f"{name}.o" for name in _files()}
+
+        def compile_one(name: str) -> None:
+            flags = [*_FLAGS, *_files()[name]]
+            _run([compiler, *flags, "-c", str(_SOURCES / name), "-o", str(objects[name])])
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(compile_one, objects))
+        linked = Path(scratch) / library.name
+        _run([compiler, "-shared", "-pthread", "-o", str(linked), *map(str, objects.values())])
+        linked.rename(library)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BuildError(f"{' '.join(command[:1])} failed on {command[-3]}: {last}")
