@@ -6,7 +6,7 @@ Which of them runs is decided once, at the first call, and logged with its reaso
 import ctypes
 import logging
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def _library() -> ctypes.CDLL | None:
         _log.warning("int4 products run through torch, several times slower: %s", error)
         return None
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    weight = [integer, integer, pointer, pointer, integer, pointer, long, long, long]
+    weight: list[Any] = [integer, integer, pointer, pointer, integer, pointer, long, long, long]
     library.int4_workspace_bytes.argtypes = [long, long, long]
     library.int4_workspace_bytes.restype = long
     library.int4_fast.argtypes = [*weight, pointer, long, pointer, pointer, pointer]

@@ -63,7 +63,7 @@ def load_text(name: str | None, part: Part, column: str = "text") -> Text:
 
 
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
-    """Return the text's tokens, int64 [T]: all documents joined by a blank line and tokenised once, no chat template."""
+    """Return the text's tokens, int64 [T]: all documents joined by a blank line and tokenised once, no template."""
     tokens = tokenizer(text.joined, return_tensors="pt", verbose=False).input_ids[0]
     if len(tokens) == 0:
         raise InputError(f"{text.name}: 0 tokens")

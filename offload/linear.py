@@ -1,0 +1,31 @@
+"""A linear layer whose weight is packed, and lies wherever the executor has put it."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.matmul import Mode, dequant_matmul
+from kernels.packed import PackedWeight
+
+
+class PackedLinear(nn.Module):
+    """Stands where an `nn.Linear` was. `packed` is attached while the layer's weights are in memory, None otherwise.
+
+    bias: float [out_features] or None. mode: see `dequant_matmul`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, mode: Mode) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.mode = in_features, out_features, mode
+        self.packed: PackedWeight | None = None
+        empty = torch.empty(out_features, dtype=dtype, device="meta")
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W.T + bias, in x's dtype."""
+        if self.packed is None:
+            raise RuntimeError("the weights of this layer are not in memory: call the decoder layer it belongs to")
+        return dequant_matmul(x, self.packed, self.bias, self.mode)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in a printed model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits=4, mode={self.mode}"

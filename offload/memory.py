@@ -1,0 +1,124 @@
+"""Host memory of an exact size, and reads from disk straight into it.
+
+Weights that do not fit are never mapped from their file: a truncated file would kill the process, and the page cache
+drops exactly what is needed next. They are read into memory of our own, past the page cache where the file system can.
+"""
+
+import mmap
+import os
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from offload.errors import CheckpointError
+
+PAGE_BYTES = 4096
+_OPEN_FILES = 16
+
+
+class Arena:
+    """Page-aligned memory of `nbytes` rounded up to a page: what torch sees of it are views."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES
+        self._memory = mmap.mmap(-1, self.nbytes)
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Return a writable view of a range of bytes."""
+        return memoryview(self._memory)[offset : offset + nbytes]
+
+    def tensor(self, offset: int, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor that lies in the arena."""
+        return self.bytes[offset : offset + nbytes].view(dtype).view(shape)
+
+    def poison(self) -> None:
+        """Fill with 0xFF, which is NaN in every float dtype: a read of memory that is not owned shows."""
+        self.bytes.fill_(0xFF)
+
+
+class FileReader:
+    """Reads ranges of files into arenas, from any thread, with few files open at a time.
+
+    direct: whether reads go past the page cache. Where the file system refuses that, they are buffered and their pages
+    dropped afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, tuple[int, bool]] = OrderedDict()
+        self._lock = Lock()
+        self.direct = True
+
+    def read_into(self, path: Path, offset: int, nbytes: int, target: memoryview) -> None:
+        """Read bytes [offset, offset + nbytes) of a file; offset is a multiple of 4096, target holds whole pages of it.
+
+        Raises CheckpointError if the file ends before, or cannot be read.
+        """
+        rounded = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        done = 0
+        try:
+            descriptor, direct = self._descriptor(path)
+            while done < nbytes:
+                count = os.preadv(descriptor, [target[done:rounded]], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{path}: ends at byte {offset + done}; it was truncated while in use")
+                done += count
+                if direct and done < nbytes and done % PAGE_BYTES:
+                    done -= done % PAGE_BYTES  # a direct read continues on a page
+            if not direct:
+                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from None
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            for descriptor, _ in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def _descriptor(self, path: Path) -> tuple[int, bool]:
+        with self._lock:
+            found = self._open.pop(path, None)
+            if found is None:
+                found = self._open_file(path)
+                if len(self._open) >= _OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1][0])
+            self._open[path] = found
+            return found
+
+    def _open_file(self, path: Path) -> tuple[int, bool]:
+        """Open past the page cache if a first read shows that this works here."""
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        if self.direct and hasattr(os, "O_DIRECT"):
+            try:
+                descriptor = os.open(path, flags | os.O_DIRECT)
+                try:
+                    os.preadv(descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0)
+                    return descriptor, True
+                except OSError:
+                    os.close(descriptor)
+            except OSError:
+                pass
+        self.direct = False
+        return os.open(path, flags), False
+
+
+def resident_memory_bytes() -> int:
+    """Return the memory this process holds now, as the kernel counts it."""
+    return _status_bytes("VmRSS")
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process ever held, as the kernel counts it."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
