@@ -194,7 +194,8 @@ class Executor:
             name.removeprefix(prefix): arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
             for name, spec in blob.tensors.items()
         }
-        packed, others = [], []
+        packed: list[tuple[PackedLinear, PackedWeight]] = []
+        others: list[tuple[dict[str, Any], str, Tensor, torch.dtype]] = []
         for name in [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]:
             codes = tensors.pop(name + _PACKED).view(torch.uint8)
             scale, zero = tensors.pop(name + _SCALE), tensors.pop(name + _ZERO, None)

@@ -20,9 +20,9 @@ _PREFILL_CHUNK_TOKENS = 512
 class Report:
     """What a run did, beside what the machine could have done.
 
-    bytes_per_token: packed weights that decoding one token reads, wherever they lie. disk_bytes_per_token: those of them
-    read from disk. limit: "disk" or "memory", whichever bounds decoding; limit_bytes_per_second: measured in this run,
-    just after; fraction: of that limit, reached while decoding.
+    bytes_per_token: weights that decoding one token reads, wherever they lie. disk_bytes_per_token: those of them read
+    from disk. limit: "disk" or "memory", whichever bounds decoding; limit_bytes_per_second: measured in this run, just
+    after; fraction: of that limit, reached while decoding.
     """
 
     text: str

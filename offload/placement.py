@@ -72,7 +72,8 @@ def plan(needs: Needs, budget_bytes: int | None) -> Placement:
     Never streams what fits. Raises ResourceError naming the smallest budget if not even the ring does.
     """
     count = len(needs.layers_bytes)
-    everything = Placement(("host",) * count, 0, needs, budget_bytes)
+    all_kept: list[Tier] = ["host"] * count
+    everything = Placement(tuple(all_kept), 0, needs, budget_bytes)
     if budget_bytes is None or everything.expected_bytes <= budget_bytes:
         return everything
     largest = max(needs.layers_bytes)

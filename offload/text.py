@@ -67,7 +67,8 @@ def tokenize(text: Text, tokenizer: Any) -> Tensor:
     tokens = tokenizer(text.joined, return_tensors="pt", verbose=False).input_ids[0]
     if len(tokens) == 0:
         raise InputError(f"{text.name}: 0 tokens")
-    return tokens.to(torch.int64)
+    result: Tensor = tokens.to(torch.int64)
+    return result
 
 
 def sample_windows(tokens: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:

@@ -190,10 +190,13 @@ def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings
 def _clip_group(weight: Tensor, gram: Tensor, others: Tensor, grid: Grid, settings: AwqSettings) -> Parameters:
     """Return scale and zero point [N] of one group [N, G] with the least error d G d^T + 2 d others^T.
 
-    Both ends of the range shrink together first; an asymmetric range then tries each end alone.
+    Both ends of the range shrink together first; an asymmetric range then tries each end alone. A symmetric one tries
+    the negative scale as well, which puts the one code more that a side has on the other side.
     """
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
     factors = torch.linspace(1, settings.clip_floor, settings.clip_points)[:, None]
+    if grid.symmetric:
+        factors = torch.cat((factors, -factors))
 
     def best(low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor, Tensor]:
         found = range_parameters(low * low_factor, high * high_factor, grid)

@@ -41,11 +41,13 @@ class Parameters:
 def range_parameters(low: Tensor, high: Tensor, grid: Grid) -> Parameters:
     """Return the parameters whose grid spans [low, high]; both float32 [N, C], low <= 0 <= high.
 
-    Symmetric: s = max(|low|, |high|) / 7.5, so that codes -8..7 are all used (compressed-tensors' convention).
+    Symmetric: s = max(|low|, |high|) / 7.5, so that codes -8..7 are all used (compressed-tensors' convention); with
+    the ends swapped and negated, s is negative.
     Asymmetric: s = (high - low) / 15, z = round(-low / s).
     """
     if grid.symmetric:
-        scale = round_scale(torch.maximum(-low, high) / 7.5, grid.scale_dtype)
+        sign = torch.where(high < low, -1.0, 1.0)
+        scale = sign * round_scale(torch.maximum(-low * sign, high * sign) / 7.5, grid.scale_dtype)
         return Parameters(scale, torch.full_like(scale, SYMMETRIC_ZERO))
     scale = round_scale((high - low) / CODE_MAX, grid.scale_dtype)
     return Parameters(scale, (-low / scale).round().clamp(0, CODE_MAX))

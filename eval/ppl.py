@@ -1,0 +1,253 @@
+"""Perplexity, by the standard protocol, with its standard error. `python -m eval.ppl`
+
+The text is joined and tokenised once, cut into windows of W tokens, and each window read from an empty context. With a
+stride S below W only the last S tokens of a window are scored, the first window whole. The mean negative log-likelihood
+is over all scored tokens; its standard error is that of the windows' means, which neighbouring tokens do not shrink.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kernels.cpu_matmul import cpu_backend
+from offload.checkpoint import Checkpoint, is_checkpoint
+from offload.command import Parser, Progress, run, say
+from offload.errors import InputError, UsageError
+from offload.executor import load
+from offload.source import DEFAULT_OUTPUT, resolve_model
+from offload.text import Text, load_text, tokenize
+
+_HEAD_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """A measurement and its protocol. nll and nll_stderr in nats a token; tokens: those scored, of `windows` windows."""
+
+    perplexity: float
+    nll: float
+    nll_stderr: float
+    tokens: int
+    windows: int
+    window: int
+    stride: int
+    text: str
+    text_sha256: str
+    model: str
+    backend: str
+    seconds: float
+    tokens_per_second: float
+    window_nll: tuple[float, ...]
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel, tokens: Tensor, window: int, stride: int, limit: int | None, label: str
+) -> tuple[list[float], list[int]]:
+    """Return the mean negative log-likelihood, in nats, and the scored tokens of each window of tokens [T].
+
+    Raises InputError if the text has not one window.
+    """
+    starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
+    if not starts:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, not one window of {window}; use --window {len(tokens)} or less"
+        )
+    head_alone = _head_is_all(model, tokens[: min(window, 16)])
+    means, counts = [], []
+    progress = Progress(label, len(starts))
+    for start in starts:
+        window_T = tokens[start : start + window]
+        scored = window - 1 if start == 0 else min(stride, window - 1)
+        total = _nll_sum(model, window_T, scored, head_alone)
+        means.append(total / scored)
+        counts.append(scored)
+        progress.advance(f"nll {sum(m * c for m, c in zip(means, counts, strict=True)) / sum(counts):.4f}")
+    return means, counts
+
+
+def _nll_sum(model: PreTrainedModel, window_T: Tensor, scored: int, head_alone: bool) -> float:
+    """Sum the negative log-likelihoods of the last `scored` tokens; logits only ever exist for a few positions."""
+    first = len(window_T) - 1 - scored
+    targets = window_T[first + 1 :]
+    if not head_alone:
+        logits = model(window_T[None], use_cache=False).logits[0, first:-1]
+        return float(F.cross_entropy(logits.float(), targets, reduction="sum"))
+    hidden = model.base_model(window_T[None], use_cache=False).last_hidden_state[0, first:-1]
+    head, total = model.get_output_embeddings(), 0.0
+    for part, wanted in zip(hidden.split(_HEAD_CHUNK_TOKENS), targets.split(_HEAD_CHUNK_TOKENS), strict=True):
+        total += float(F.cross_entropy(head(part).float(), wanted, reduction="sum"))
+    return total
+
+
+def _head_is_all(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether the logits are the output embedding of the last hidden state and nothing more, a soft cap say."""
+    whole = model(tokens[None], use_cache=False).logits
+    return torch.equal(
+        model.get_output_embeddings()(model.base_model(tokens[None], use_cache=False).last_hidden_state), whole
+    )
+
+
+def evaluate(model: PreTrainedModel, name: str, backend: str, tokens: Tensor, text: Text, options: Any) -> Perplexity:
+    """Measure one model under the protocol of the command line."""
+    stride = options.stride or options.window
+    started = time.monotonic()
+    means, counts = measure(model, tokens, options.window, stride, options.limit_windows, f"{name}, window")
+    seconds = time.monotonic() - started
+    nll = sum(m * c for m, c in zip(means, counts, strict=True)) / sum(counts)
+    return Perplexity(
+        perplexity=math.exp(nll),
+        nll=nll,
+        nll_stderr=standard_error(means),
+        tokens=sum(counts),
+        windows=len(means),
+        window=options.window,
+        stride=stride,
+        text=text.name,
+        text_sha256=text.sha256,
+        model=name,
+        backend=backend,
+        seconds=round(seconds, 2),
+        tokens_per_second=round(len(means) * options.window / seconds, 1),
+        window_nll=tuple(means),
+    )
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean; NaN of a single value, which says nothing about its own spread."""
+    if len(values) < 2:
+        return math.nan
+    return float(torch.tensor(values, dtype=torch.float64).std() / math.sqrt(len(values)))
+
+
+def load_for_evaluation(directory: Path, mode: str) -> tuple[PreTrainedModel, str]:
+    """Return a model in float32, and the name of what multiplies its weights."""
+    if is_checkpoint(directory):
+        if mode not in ("exact", "fast"):
+            raise UsageError(f"--backend {mode}: expected exact or fast")
+        return load(
+            directory, dtype=torch.float32, mode="exact" if mode == "exact" else "fast"
+        ), f"{cpu_backend()}-{mode}"
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), "torch-float32"
+
+
+def default_model(model: str | None) -> Path:
+    """Return the directory of `--model`: what quant.awq writes by default without it."""
+    if model is not None:
+        return resolve_model(model)
+    if not DEFAULT_OUTPUT.is_dir():
+        raise InputError(f"{DEFAULT_OUTPUT}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
+    return DEFAULT_OUTPUT
+
+
+def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that make up the protocol."""
+    add = parser.add_argument
+    add("--text", metavar="FILE|DATASET", help="text; default: half of the topics of pydoc_data, not calibrated on")
+    add("--window", type=int, default=2048, help="tokens of a window")
+    add("--stride", type=int, help="tokens from window to window; default: the window")
+    add("--limit-windows", type=int, metavar="N", help="only the first N windows")
+    add("--backend", choices=["exact", "fast"], default="exact", help="activations of int4 layers: float32, or int8")
+
+
+def check_protocol(options: argparse.Namespace) -> None:
+    """Raise UsageError unless the protocol's numbers make sense."""
+    if options.window < 2:
+        raise UsageError(f"--window {options.window}: expected at least 2")
+    if options.stride is not None and not 1 <= options.stride <= options.window:
+        raise UsageError(f"--stride {options.stride}: expected 1 to the window, {options.window}")
+    if options.limit_windows is not None and options.limit_windows < 1:
+        raise UsageError(f"--limit-windows {options.limit_windows}: expected at least 1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run(_command, argv)
+
+
+def _command(argv: list[str]) -> None:
+    parser = Parser("eval.ppl", "Measure a model's perplexity on a text.")
+    parser.add_argument("-m", "--model", help="checkpoint, model directory or hub id; default: what quant.awq writes")
+    add_protocol_flags(parser)
+    parser.add_argument("--baseline", action="store_true", help="also measure the model the checkpoint was made from")
+    parser.add_argument("--record", action="store_true", help="write the figures into the checkpoint's README.md")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    check_protocol(options)
+    directory = default_model(options.model)
+    text = load_text(options.text, "evaluation")
+    tokens = tokenize(text, AutoTokenizer.from_pretrained(directory))
+    compressed = is_checkpoint(directory)
+    if options.baseline and not compressed:
+        raise UsageError(f"--baseline: {directory} is not a checkpoint made from another model")
+    model, backend = load_for_evaluation(directory, options.backend)
+    result = evaluate(model, str(directory), backend, tokens, text, options)
+    baseline = None
+    if options.baseline:
+        del model
+        source = resolve_model(Checkpoint.open(directory).recipe.source)
+        baseline = evaluate(*load_original(source), tokens, text, options)
+    if options.record:
+        record(directory, result, baseline)
+    _print(result, baseline, options.json)
+
+
+def load_original(source: Path) -> tuple[PreTrainedModel, str, str]:
+    """Return the uncompressed model in float32, its name, and the name of what multiplies its weights."""
+    model, backend = load_for_evaluation(source, "exact")
+    return model, str(source), backend
+
+
+def rise(result: Perplexity, baseline: Perplexity) -> tuple[float, float]:
+    """Return how much the mean nll rose, and the standard error of the windows' differences."""
+    differences = [a - b for a, b in zip(result.window_nll, baseline.window_nll, strict=True)]
+    return result.nll - baseline.nll, standard_error(differences)
+
+
+def record(directory: Path, result: Perplexity, baseline: Perplexity | None) -> None:
+    """Put the figures into the model card's section on accuracy, in place of earlier ones of the same protocol."""
+    card = directory / "README.md"
+    before = card.read_text() if card.exists() else ""
+    protocol = f"{result.text}, sha256 {result.text_sha256[:16]}, {result.windows} windows of {result.window}"
+    line = f"- perplexity {result.perplexity:.3f} (nll {result.nll:.4f} ± {result.nll_stderr:.4f})"
+    if baseline is not None:
+        change, error = rise(result, baseline)
+        line += f"; the original {baseline.perplexity:.3f}, nll rise {change:.4f} ± {error:.4f}"
+    line += f" on {protocol}, {result.backend}\n"
+    kept = re.sub(rf"^- perplexity .* on {re.escape(protocol)},.*\n", "", before, flags=re.MULTILINE)
+    if "## Accuracy\n" not in kept:
+        kept = f"{kept.rstrip()}\n\n## Accuracy\n\n"
+    card.write_text(kept.replace("## Accuracy\n\n", f"## Accuracy\n\n{line}", 1))
+    say(f"recorded in {card}")
+
+
+def _print(result: Perplexity, baseline: Perplexity | None, as_json: bool) -> None:
+    if as_json:
+        values = asdict(result)
+        if baseline is not None:
+            change, error = rise(result, baseline)
+            values |= {"baseline": asdict(baseline), "nll_rise": change, "nll_rise_stderr": error}
+        print(json.dumps(values))
+        return
+    print(f"perplexity {result.perplexity:.3f}   nll {result.nll:.4f} ± {result.nll_stderr:.4f}   {result.model}")
+    if baseline is not None:
+        change, error = rise(result, baseline)
+        print(f"original   {baseline.perplexity:.3f}   nll {baseline.nll:.4f} ± {baseline.nll_stderr:.4f}")
+        print(f"rise in nll {change:.4f} ± {error:.4f}, window by window")
+    print(f"protocol   {result.text} (sha256 {result.text_sha256[:16]}), {result.windows} windows of {result.window}")
+    print(f"           stride {result.stride}, {result.tokens} tokens scored; {result.backend}, {result.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
