@@ -93,10 +93,8 @@ def _nll_sum(model: PreTrainedModel, window_T: Tensor, scored: int, head_alone: 
 
 def _head_is_all(model: PreTrainedModel, tokens: Tensor) -> bool:
     """Whether the logits are the output embedding of the last hidden state and nothing more, a soft cap say."""
-    whole = model(tokens[None], use_cache=False).logits
-    return torch.equal(
-        model.get_output_embeddings()(model.base_model(tokens[None], use_cache=False).last_hidden_state), whole
-    )
+    hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state
+    return torch.equal(model.get_output_embeddings()(hidden), model(tokens[None], use_cache=False).logits)
 
 
 def evaluate(model: PreTrainedModel, name: str, backend: str, tokens: Tensor, text: Text, options: Any) -> Perplexity:

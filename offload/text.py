@@ -1,8 +1,7 @@
 """Where text comes from: the embedded default, a local file, or a hub dataset.
 
 The embedded default is `pydoc_data.topics`, the English of Python's own help, which every installation has. It is split
-by topic into a calibration and an evaluation part that share no text: a topic whose text stands inside another's goes
-with it.
+by topic into a calibration and an evaluation part that share no paragraph.
 """
 
 import hashlib
@@ -85,18 +84,17 @@ def sample_windows(tokens: Tensor, num_samples: int, seq_len: int, seed: int) ->
 
 
 def _embedded_text(part: Part) -> Text:
+    """Every other topic, by name. Evaluation leaves out each paragraph that calibration has as well."""
     from pydoc_data.topics import topics
 
-    kept: list[list[str]] = []
-    for text in sorted(topics.values(), key=lambda text: (-len(text), text)):
-        home = next((family for family in kept if text.strip() in family[0]), None)
-        if home is None:
-            kept.append([text])
-        else:
-            home.append(text)
-    parity = 0 if part == "calibration" else 1
-    documents = tuple(family[0] for index, family in enumerate(kept) if index % 2 == parity)
-    return Text(documents, f"pydoc_data.topics ({part} half)")
+    names = sorted(topics)
+    documents = [topics[name] for name in names[0 if part == "calibration" else 1 :: 2]]
+    if part == "evaluation":
+        other = _embedded_text("calibration").documents
+        seen = {paragraph.strip() for document in other for paragraph in document.split(_SEPARATOR)}
+        cut = [[p for p in document.split(_SEPARATOR) if p.strip() not in seen] for document in documents]
+        documents = [_SEPARATOR.join(paragraphs) for paragraphs in cut if paragraphs]
+    return Text(tuple(documents), f"pydoc_data.topics ({part} half)")
 
 
 def _read_utf8(path: Path) -> str:
