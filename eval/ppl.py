@@ -33,7 +33,7 @@ _HEAD_CHUNK_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """A measurement and its protocol. nll and nll_stderr in nats a token; tokens: those scored, of `windows` windows."""
+    """A measurement and its protocol. nll and nll_stderr in nats a token; tokens: those scored, in all windows."""
 
     perplexity: float
     nll: float
