@@ -63,11 +63,14 @@ class FileReader:
             descriptor, direct = self._descriptor(path)
             while done < nbytes:
                 count = os.preadv(descriptor, [target[done:rounded]], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{path}: ends at byte {offset + done}; it was truncated while in use")
-                done += count
-                if direct and done < nbytes and done % PAGE_BYTES:
-                    done -= done % PAGE_BYTES  # a direct read continues on a page
+                end = done + count
+                if direct and end < nbytes:
+                    end -= end % PAGE_BYTES  # a direct read continues on a page
+                if end == done:
+                    raise CheckpointError(
+                        f"{path}: ends at byte {offset + done + count}; it was truncated while in use"
+                    )
+                done = end
             if not direct:
                 os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:

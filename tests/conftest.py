@@ -1,0 +1,91 @@
+"""A tiny model with a tokenizer, made from a seed, and checkpoints of it; options and marks."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. " * 60
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run what measures the real model")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="measures the real model: --run-slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random Llama of three layers: hidden 64, 4 query and 2 key heads, tied embeddings."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some 4,800 bytes, which are as many tokens for the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(CALIBRATION_TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, rounded to nearest, symmetric, groups of 32. Not to be changed: copy it."""
+    from quant.rtn import main
+
+    directory = tmp_path_factory.mktemp("checkpoints") / "rtn"
+    assert main(["--model", str(tiny_model), "--output", str(directory), "--group-size", "32"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_asymmetric(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with zero points."""
+    from quant.rtn import main
+
+    directory = tmp_path_factory.mktemp("checkpoints") / "rtn-asymmetric"
+    flags = ["--group-size", "32", "--asymmetric"]
+    assert main(["--model", str(tiny_model), "--output", str(directory), *flags]) == 0
+    return directory

@@ -1,0 +1,176 @@
+"""Streamed equals resident bit for bit, whatever interrupts it; what does not fit the configuration is refused."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+
+from kernels.packed import PackedWeight, dequantize
+from offload.checkpoint import Checkpoint
+from offload.errors import CheckpointError
+from offload.executor import executor_of, load
+from offload.memory import resident_memory_bytes
+from offload.placement import Placement, plan
+
+TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
+
+
+@contextmanager
+def streamed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, depth: int = 2, **options: Any
+) -> Iterator[PreTrainedModel]:
+    """A model all of whose layers come from disk through `depth` slots, freed slots filled with NaN."""
+
+    def all_on_disk(needs: Any, budget_bytes: int | None) -> Placement:
+        return Placement(("disk",) * len(needs.layers_bytes), depth, needs, budget_bytes)
+
+    monkeypatch.setattr("offload.executor.plan", all_on_disk)
+    model = load(directory, poison=True, **options)
+    monkeypatch.setattr("offload.executor.plan", plan)
+    try:
+        yield model
+    finally:
+        executor_of(model).close()
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_streamed_equals_resident(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int, mode: str
+) -> None:
+    expected = logits(load(tiny_checkpoint, mode=mode))
+    assert torch.isfinite(expected).all()
+    with streamed(tiny_checkpoint, monkeypatch, depth, mode=mode) as model:
+        for _ in range(3):
+            assert torch.equal(logits(model), expected)
+        assert executor_of(model).stats.layer_reads >= 9
+
+
+def test_exact_mode_equals_the_dequantised_model(tiny_model: Path, tiny_asymmetric: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    checkpoint = Checkpoint.open(tiny_asymmetric)
+    for blob in checkpoint.blobs:
+        tensors = load_file(blob.path)
+        for name in [name.removesuffix("_packed") for name in tensors if name.endswith(".weight_packed")]:
+            codes = tensors[f"{name}_packed"].view(torch.uint8)
+            weight = PackedWeight(codes, tensors[f"{name}_scale"], tensors[f"{name}_zero_point"], 32)
+            reference.get_parameter(name).data = dequantize(weight)
+    model = load(tiny_asymmetric, dtype=torch.float32, mode="exact")
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
+
+
+def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = load(tiny_checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    ways: list[dict[str, Any]] = [
+        {"do_sample": False, "streamer": TextStreamer(tokenizer)},
+        {"num_beams": 3, "do_sample": False},
+        {"prompt_lookup_num_tokens": 3, "do_sample": False},
+        {"do_sample": False, "prefill_chunk_size": 3},
+    ]
+    with streamed(tiny_checkpoint, monkeypatch) as model:
+        for way in ways:
+            torch.manual_seed(3)
+            expected = resident.generate(TOKENS, max_new_tokens=8, attention_mask=torch.ones_like(TOKENS), **way)
+            torch.manual_seed(3)
+            found = model.generate(TOKENS, max_new_tokens=8, attention_mask=torch.ones_like(TOKENS), **way)
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_forward_after_an_interrupted_one_is_right(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    with streamed(tiny_checkpoint, monkeypatch, depth) as model:
+        expected = logits(model)
+        for name, module in list(model.named_modules()):
+            if any(module.children()):
+                continue
+
+            def interrupt(*arguments: Any) -> None:
+                raise KeyboardInterrupt
+
+            handle = module.register_forward_pre_hook(interrupt)
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    logits(model)
+            finally:
+                handle.remove()
+            assert torch.equal(logits(model), expected), name
+
+
+def test_a_flipped_bit_stops_the_run_and_names_the_tensor(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+    blob = Checkpoint.open(directory).blobs[2]
+    spec = blob.tensors[f"{blob.module}.mlp.up_proj.weight_packed"]
+    content = bytearray(blob.path.read_bytes())
+    content[blob.offset + spec.offset + 7] ^= 16
+    blob.path.write_bytes(content)
+    message = r"model-00003.*'model.layers.1.mlp.up_proj.weight_packed' is damaged .*copy or download"
+    with pytest.raises(CheckpointError, match=message):
+        load(directory)
+    with streamed(directory, monkeypatch) as model, pytest.raises(CheckpointError, match=message):
+        logits(model)
+
+
+def test_a_shard_cut_while_in_use_is_an_error_and_the_model_lives(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "cut")
+    with streamed(directory, monkeypatch, depth=1) as model:
+        expected = logits(model)
+        path = Checkpoint.open(directory).blobs[2].path
+        whole = path.read_bytes()
+        with path.open("r+b") as file:
+            file.truncate(4096 + 100)
+        with pytest.raises(CheckpointError, match=r"model-00003.*ends at byte 4196; it was truncated while in use"):
+            logits(model)
+        path.write_bytes(whole)
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 2, "'model.layers.2.mlp.down_proj' is packed, but no linear layer"),
+        ("num_hidden_layers", 4, "missing .*model.layers.3"),
+        ("vocab_size", 272, "'model.embed_tokens.weight' is torch.bfloat16 \\[264, 64\\], expected"),
+        (
+            "intermediate_size",
+            256,
+            "down_proj.weight_packed' is torch.int32 \\[64, 16\\], expected torch.int32 \\[64, 32\\]",
+        ),
+    ],
+)
+def test_a_configuration_that_disagrees_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, key: str, value: int, message: str
+) -> None:
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load(directory)
+
+
+def test_device_map_and_plan_agree(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with streamed(tiny_checkpoint, monkeypatch) as model:
+        assert model.hf_device_map["model.layers.0"] == "disk"
+        assert set(executor_of(model).placement.tiers) == {"disk"}
+    assert load(tiny_checkpoint).hf_device_map["model.layers.0"] == "cpu"
+    resident = load(tiny_checkpoint, cpu_memory=resident_memory_bytes() + (1 << 30))
+    assert executor_of(resident).placement.disk_bytes == 0
