@@ -16,16 +16,21 @@ __path__ = extend_path(__path__, __name__)
 
 def __getattr__(name: str) -> Any:
     """Hand names that are not ours to Hugging Face's `kernels`, where that is installed too."""
-    if name.startswith("__") or len(__path__) == 1:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
     import sys
     from importlib import util
+    from pathlib import Path
 
-    spec = util.spec_from_file_location("kernels._hub", f"{__path__[1]}/__init__.py")
+    # a mere folder `kernels` somewhere on the search path is in __path__ too
+    theirs = [file for folder in __path__[1:] if (file := Path(folder, "__init__.py")).is_file()]
+    spec = util.spec_from_file_location("kernels._hub", theirs[0]) if theirs and not name.startswith("__") else None
     if spec is None or spec.loader is None:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
     if spec.name not in sys.modules:
         module = util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[spec.name]  # half of a module would be taken for all of it
+            raise
     return getattr(sys.modules[spec.name], name)

@@ -112,7 +112,11 @@ def compile_one(configuration: Configuration, capability: int) -> Compiled:
             if "*" in kind
         },
     )
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    options = {
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+        "enable_fp_fusion": True,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -85,7 +85,7 @@ def check_group_size(in_features: int, group_size: int) -> None:
     """Raise ValueError unless K = `in_features` can be cut into groups of `group_size` that the kernels support."""
     if in_features % _CODES_PER_WORD:
         raise ValueError(f"K={in_features} is not a multiple of {_CODES_PER_WORD}, the codes in one int32")
-    if group_size not in GROUP_SIZES and group_size != in_features:
+    if group_size < 1 or group_size not in (*GROUP_SIZES, in_features):
         raise ValueError(f"group_size={group_size}: expected 32, 64, 128 or the whole row, K={in_features}")
     if in_features % group_size:
         raise ValueError(f"K={in_features} is not a multiple of group_size={group_size}")
@@ -100,8 +100,8 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> 
     _check_range("codes", codes)
     check_group_size(codes.shape[1], group_size)
     low, high = codes[:, 0::2].to(torch.uint8), codes[:, 1::2].to(torch.uint8)
-    packed_zero = None if zero is None else _pack_zero(zero)
-    return PackedWeight(low | (high << 4), scale.contiguous(), packed_zero, group_size)
+    packed_zero = None if zero is None else _pack_zero(zero, codes.shape[0], codes.shape[1] // group_size)
+    return PackedWeight((low | (high << 4)).contiguous(), scale.contiguous(), packed_zero, group_size)
 
 
 def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -122,10 +122,11 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     return values.view(weight.out_features, weight.in_features).to(dtype)
 
 
-def _pack_zero(zero: Tensor) -> Tensor:
+def _pack_zero(zero: Tensor, rows: int, groups: int) -> Tensor:
     """Pack [N, K/G] zero points down the rows into int32 [ceil(N/8), K/G]; missing rows are 0."""
     _check_range("zero", zero)
-    rows, groups = zero.shape
+    if zero.shape != (rows, groups):
+        raise ValueError(f"zero: expected {[rows, groups]}, found {_describe(zero)}")
     words = -(-rows // _CODES_PER_WORD)
     padded = torch.zeros(words * _CODES_PER_WORD, groups, dtype=torch.int64, device=zero.device)
     padded[:rows] = zero.to(torch.int64)

@@ -128,7 +128,7 @@ def dequant_matmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None =
     rows = x.reshape(-1, weight.in_features).contiguous()
     if len(rows) > FUSED_BATCH:
         product = rows @ _dequantize(weight, x.dtype).T
-        y = product if bias is None else product + bias
+        y = product if bias is None else (product + bias).to(x.dtype)
     else:
         y = _fused(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.out_features)
@@ -161,6 +161,7 @@ def _fused(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         HAS_BIAS=bias is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -179,5 +180,6 @@ def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         GROUP=_group(weight),
         STEP=1024,
         HAS_ZERO=weight.zero is not None,
+        enable_fp_fusion=True,
     )
     return out

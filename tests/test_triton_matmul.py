@@ -1,0 +1,219 @@
+"""The GPU product in Triton's interpreter and, where there is one, on a GPU; its machine code, compiled without one.
+
+Triton decides when it is imported whether it interprets, so the interpreter has a process of its own.
+"""
+
+import dataclasses
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.ahead_of_time
+from kernels.ahead_of_time import Compiled, Configuration, compile_one, configurations, main
+from kernels.matmul import dequant_matmul
+from kernels.packed import PackedWeight, dequantize, pack
+from kernels.triton_matmul import FUSED_BATCH, TILES, dequant_matmul_triton, matmul_kernel
+
+# a row of N=70 is two tiles; K with and without a last step that is not full; 1088 takes two blocks to dequantise
+SHAPES = [(17, 160, 32), (33, 320, 64), (5, 384, 128), (70, 200, 200), (70, 8, 8), (9, 1088, 64)]
+
+
+def random_weight(
+    N: int, K: int, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, device: str = "cpu"
+) -> PackedWeight:
+    scale = torch.rand(N, K // group_size, device=device).add(0.1).to(scale_dtype)
+    zero = torch.randint(0, 16, scale.shape, device=device) if asymmetric else None
+    return pack(torch.randint(0, 16, (N, K), device=device), scale, zero, group_size)
+
+
+def errors(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[float, float]:
+    """Return how far from float64 our product and plain torch's at x's dtype are, memory being NaN to begin with."""
+    w = dequantize(weight)
+    exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+    plain = x @ w.to(x.dtype).T + (0 if bias is None else bias.to(x.dtype))
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        found = empty(*arguments, **options)
+        return found.fill_(float("nan")) if found.is_floating_point() else found
+
+    with patch.object(torch, "empty", poisoned):
+        ours = dequant_matmul_triton(x, weight, bias)
+    assert ours.dtype == x.dtype
+    assert ours.shape == exact.shape
+    return float((ours.double() - exact).norm()), float((plain.double() - exact).norm())
+
+
+def interpreted_errors(
+    N: int, K: int, group_size: int, asymmetric: bool, dtype: torch.dtype, M: int
+) -> list[tuple[float, float]]:
+    """Return the errors on random operands: a scale in bf16 and no bias, a scale in fp16 and one."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+    ways = ((torch.bfloat16, None), (torch.float16, bias))
+    return [errors(x, random_weight(N, K, group_size, asymmetric, kind), added) for kind, added in ways]
+
+
+def kernel_class() -> str:
+    """Tell whether triton interprets here."""
+    return type(matmul_kernel).__name__
+
+
+def interpreted_special_cases() -> None:
+    """Assert what is not a matter of error."""
+    torch.manual_seed(0)
+    weight = random_weight(33, 192, 64, True, torch.bfloat16)
+    x, bias = torch.randn(70, 192), torch.randn(33)
+    for M in (17, 70):
+        ours, plain = errors(x[:M].half(), weight, bias)
+        assert ours <= 2 * plain, "a bias of another dtype"
+        strided = dequant_matmul_triton(x[:M].T.contiguous().T, weight, bias)
+        assert torch.equal(strided, dequant_matmul_triton(x[:M], weight, bias))
+    assert dequant_matmul_triton(x[:0], weight, bias).shape == (0, 33)
+    assert dequant_matmul_triton(x[:6].view(2, 3, 192), weight, bias).shape == (2, 3, 33)
+    expected = dequant_matmul_triton(x[:17], weight, bias)
+    x[5, 100] = float("nan")
+    found = dequant_matmul_triton(x[:17], weight, bias)
+    assert found[5].isnan().all()
+    others = torch.arange(17) != 5
+    assert torch.equal(found[others], expected[others])
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process that imports triton anew, to interpret."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TRITON_INTERPRET", "1")
+            kernel = pool.submit(kernel_class).result(timeout=120)
+        assert kernel == "InterpretedFunction"
+        yield pool
+
+
+@pytest.mark.parametrize("M", [1, 5, 17, 70])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("N", "K", "group_size"), SHAPES)
+def test_interpreted_product_errs_at_most_twice_as_much_as_torch(
+    interpreter: ProcessPoolExecutor,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    asymmetric: bool,
+    M: int,
+) -> None:
+    future = interpreter.submit(interpreted_errors, N, K, group_size, asymmetric, dtype, M)
+    for ours, plain in future.result(timeout=60):
+        assert ours <= 2 * plain
+
+
+def test_interpreted_special_cases(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_special_cases).result(timeout=60)
+
+
+def test_the_batches_tested_reach_every_tile_and_the_way_beyond_them() -> None:
+    assert 5 <= TILES[0].block_m < 17 <= TILES[1].block_m <= FUSED_BATCH < 70
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K", "group_size"), [*SHAPES, (4096, 2048, 128)])
+def test_gpu_product_errs_at_most_twice_as_much_as_torch(
+    N: int, K: int, group_size: int, dtype: torch.dtype, asymmetric: bool
+) -> None:
+    weight = random_weight(N, K, group_size, asymmetric, dtype, "cuda")
+    for M in (1, 2, 5, 16, 17, 33, 64, 65, 70, 200):
+        x, bias = torch.randn(M, K, device="cuda").to(dtype), torch.randn(N, device="cuda").to(dtype)
+        for added in (None, bias):
+            ours, plain = errors(x, weight, added)
+            assert ours <= 2 * plain
+            assert torch.equal(dequant_matmul(x, weight, added), dequant_matmul_triton(x, weight, added))
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_operands_do_not_mix() -> None:
+    weight = random_weight(33, 192, 64, True, torch.bfloat16)
+    with pytest.raises(ValueError, match="x is on cuda:0, the weight on cpu"):
+        dequant_matmul(torch.zeros(1, 192, device="cuda:0"), weight)
+
+
+@pytest.fixture
+def by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Configuration]:
+    """The configurations, and an empty cache, so that what is compiled is compiled now."""
+    if type(matmul_kernel).__name__ == "InterpretedFunction":
+        pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return {configuration.name: configuration for configuration in configurations()}
+
+
+def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dict[str, Configuration]) -> None:
+    names = ["dequantize", *(f"matmul {tile.block_m}x{tile.block_n}" for tile in TILES)]
+    assert set(by_name) == {
+        f"{kernel}, {dtype}, group {group}, {zero}"
+        for kernel in names
+        for dtype in ("fp16", "bf16")
+        for group in ("row", 32, 64, 128)
+        for zero in ("zero", "symmetric")
+    }
+
+
+def test_a_fused_kernel_compiles_to_tensor_cores_and_spills_nothing(by_name: dict[str, Configuration]) -> None:
+    compiled = compile_one(by_name["matmul 16x64, fp16, group 64, zero"], 80)
+    assert (compiled.name, compiled.capability) == ("matmul 16x64, fp16, group 64, zero", 80)
+    assert compiled.spilled_bytes == 0
+    assert compiled.tensor_core_instructions > 0
+    assert 0 < compiled.registers <= 255
+    assert compiled.shared_bytes > 0
+    assert compiled.failures(fused=True) == []
+
+
+def test_machine_code_that_would_run_badly_is_refused(by_name: dict[str, Configuration]) -> None:
+    one_warp = dataclasses.replace(by_name["matmul 64x64, fp16, group 128, zero"], num_warps=1)
+    spilling = compile_one(one_warp, 80)
+    assert spilling.failures(fused=True) == [f"{spilling.spilled_bytes} bytes spilled"]
+    no_product = compile_one(by_name["dequantize, fp16, group 64, zero"], 80)
+    assert no_product.failures(fused=False) == []
+    assert no_product.failures(fused=True) == ["no tensor-core instruction"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "failures"),
+    [
+        ({}, []),
+        ({"spilled_bytes": 8}, ["8 bytes spilled"]),
+        ({"tensor_core_instructions": 0}, ["no tensor-core instruction"]),
+        ({"shared_bytes": 101377}, ["101377 bytes of shared memory"]),
+        ({"spilled_bytes": 8, "shared_bytes": 1 << 20}, ["8 bytes spilled", "1048576 bytes of shared memory"]),
+    ],
+)
+def test_gates_decide_what_the_command_returns(
+    changed: dict[str, int],
+    failures: list[str],
+    by_name: dict[str, Configuration],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = by_name["matmul 16x64, fp16, group 64, zero"]
+    passing = Compiled(one.name, 80, 210, spilled_bytes=0, shared_bytes=99 << 10, tensor_core_instructions=8)
+    result = dataclasses.replace(passing, **changed)
+    assert result.failures(fused=True) == failures
+
+    monkeypatch.setattr(kernels.ahead_of_time, "configurations", lambda: [one])
+    monkeypatch.setattr(
+        kernels.ahead_of_time, "compile_one", lambda _, capability: dataclasses.replace(result, capability=capability)
+    )
+    assert main() == (1 if failures else 0)
+    printed = capsys.readouterr()
+    rows = printed.out.splitlines()[2:]
+    assert [int(row.split("|")[2]) for row in rows] == [80, 90, 100]
+    assert all(row.endswith(f"| {'; '.join(failures) or 'ok'} |") for row in rows)
+    assert printed.err == f"3 compiled, {3 if failures else 0} failed\n"
