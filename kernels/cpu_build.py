@@ -18,12 +18,13 @@ _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
+_AMX = (*_AVX512, "-mavx512vbmi", "-mf16c", "-mamx-tile", "-mamx-int8")
 _FLAGS_BY_FILE = {"api.cpp": (), "portable.cpp": ()}
-_X86_FLAGS_BY_FILE = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512}
+_X86_FLAGS_BY_FILE = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512, "amx.cpp": _AMX}
 
 
 class BuildError(Exception):
-    """No compiler was found, or it refused the sources."""
+    """No compiler was found, it refused the sources, or the system refused what it made."""
 
 
 def load_library() -> ctypes.CDLL:
@@ -42,7 +43,11 @@ def load_library() -> ctypes.CDLL:
                     _build(compiler, library)
         except OSError as error:
             raise BuildError(f"{directory}: {error.strerror}") from None
-    return ctypes.CDLL(str(library))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        advice = "delete it, or point XDG_CACHE_HOME at a folder that may hold programs"
+        raise BuildError(f"cannot load {error}; {advice}") from None
 
 
 def find_compiler() -> str | None:

@@ -16,7 +16,7 @@ from kernels.packed import PackedWeight, dequantize, unpack
 
 _log = logging.getLogger(__name__)
 
-LEVELS = ("portable", "avx2", "avx512-vnni")
+LEVELS = ("portable", "avx2", "avx512-vnni", "amx")
 """Instruction sets of the compiled kernel, by the number the library knows them by."""
 
 _EXACT_BATCH = 8
@@ -31,7 +31,8 @@ def dequant_matmul_cpu(
 
     "fast" rounds activations to int8, 128 of a row under one scale, and is exact otherwise; "exact" keeps them float32.
     level: an index of LEVELS not above this machine's, for tests. Row m of the result depends on row m of x alone, and
-    on neither the batch nor the number of threads.
+    on neither the batch nor the number of threads, with two exceptions in the last bits: an exact product of more than
+    8 activations, which torch multiplies, and with AMX whether the batch has 6 activations, from where on it is tiled.
     """
     library = _library()
     rows = x.reshape(-1, weight.in_features)
@@ -39,15 +40,15 @@ def dequant_matmul_cpu(
         y = _builtin(rows, weight) if mode == "fast" else rows.float() @ dequantize(weight).T
         y = y if bias is None else y + bias.float()
     elif mode == "exact" and len(rows) > _EXACT_BATCH:
-        y = _exact_by_panels(library, rows.float(), weight, bias, _level() if level is None else level)
+        y = _exact_by_panels(library, rows.float(), weight, bias, cpu_level() if level is None else level)
     else:
-        y = _compiled(library, rows, weight, bias, mode, _level() if level is None else level)
+        y = _compiled(library, rows, weight, bias, mode, cpu_level() if level is None else level)
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
 
 
 def cpu_backend() -> str:
     """Name what multiplies on this machine: "cpu-avx512-vnni", "cpu-avx2", "cpu-portable" or "torch"."""
-    return "torch" if _library() is None else f"cpu-{LEVELS[_level()]}"
+    return "torch" if _library() is None else f"cpu-{LEVELS[cpu_level()]}"
 
 
 def dequantize_cpu(weight: PackedWeight, start: int, stop: int) -> Tensor:
@@ -55,7 +56,7 @@ def dequantize_cpu(weight: PackedWeight, start: int, stop: int) -> Tensor:
     library = _library()
     if library is None:
         return dequantize(weight)[start:stop]
-    return _dequantize_rows(library, weight, start, stop, _level())
+    return _dequantize_rows(library, weight, start, stop, cpu_level())
 
 
 def read_seconds(buffer: Tensor) -> float:
@@ -63,7 +64,7 @@ def read_seconds(buffer: Tensor) -> float:
     library = _library()
     if library is None:
         raise RuntimeError("measuring the read bandwidth needs the compiled kernels")
-    seconds: float = library.int4_read_seconds(_level(), torch.get_num_threads(), buffer.data_ptr(), buffer.nbytes)
+    seconds: float = library.int4_read_seconds(cpu_level(), torch.get_num_threads(), buffer.data_ptr(), buffer.nbytes)
     return seconds
 
 
@@ -89,7 +90,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 @cache
-def _level() -> int:
+def cpu_level() -> int:
+    """Return the index in LEVELS of the best instruction set this machine has; 0 without the compiled kernel."""
     library = _library()
     return 0 if library is None else int(library.int4_level())
 

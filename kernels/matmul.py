@@ -1,6 +1,6 @@
 """The one door to the kernels: checks the operands, then picks the kernel of their device."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ def dequant_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, 
     x: [..., K] float32, bfloat16 or float16, on the weight's device. bias: [N] on the same device, or None.
     mode: "fast" may quantise activations to int8 by group (the CPU kernel does); "exact" keeps them in float32.
     Returns [..., N] in x's dtype, accumulated in float32.
-    Raises ValueError if K, dtype or device differ.
+    Raises ValueError if K, dtype or device differ, or for another mode.
     """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}; expected {' or '.join(map(repr, get_args(Mode)))}")
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has K={x.shape[-1]}, the weight has K={weight.in_features}")
     if x.dtype not in _DTYPES:

@@ -1,8 +1,16 @@
 // The C interface, called through ctypes: no Python and no torch in it.
 #include <chrono>
 
+#include "amx.h"
 #include "job.h"
 #include "pool.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 using namespace int4;
 
@@ -13,12 +21,45 @@ constexpr int64_t kBatchedChunkRows = 32;
 
 const Kernels& kernels(int level) {
 #if defined(__x86_64__)
-    if (level == 2) return avx512_kernels;
+    if (level >= 2) return avx512_kernels;
     if (level == 1) return avx2_kernels;
 #endif
     (void)level;
     return portable_kernels;
 }
+
+// From this many activations on tiles are faster, although they are only part full.
+constexpr int64_t kTiledBatch = 6;
+
+#if defined(__x86_64__)
+// Whether the processor multiplies tiles of bytes and the system lets this process keep them.
+bool has_amx() {
+    unsigned a, b, c, d;
+    constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBytes) == 0) return false;
+#if defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+void fast_tiled(int threads, const Weight& w, const float* x, int64_t batch, const float* bias, float* out,
+                void* workspace) {
+    const int64_t padded = w.steps() * kStep, tiles = (batch + kTileActivations - 1) / kTileActivations;
+    int8_t* values = static_cast<int8_t*>(workspace);
+    const TiledActivations a{values, reinterpret_cast<float*>(values + tiles * kTileActivations * padded)};
+    pool().run(threads, tiles, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+            amx_kernels.quantize(w, x, batch, t * kTileActivations, a.values + t * kTileActivations * padded,
+                                 a.scale + t * kTileActivations * w.steps());
+    });
+    const int64_t share = (w.rows / (4 * threads) / kTileActivations + 1) * kTileActivations;
+    pool().run(threads, w.rows, share,
+               [&](int64_t begin, int64_t end) { amx_kernels.fast(w, a, batch, bias, out, begin, end); });
+}
+#endif
 
 int64_t chunk_rows(const Weight& w, int64_t batch) {
     int64_t rows = kChunkBytes / (w.row_bytes() + 1) + 1;
@@ -29,13 +70,13 @@ int64_t chunk_rows(const Weight& w, int64_t batch) {
 
 extern "C" {
 
-// The best level this processor has: 2 AVX512-VNNI, 1 AVX2 with FMA and F16C, 0 plain C++.
+// The best level this processor has: 3 AVX512-VNNI with AMX, 2 AVX512-VNNI, 1 AVX2 with FMA and F16C, 0 plain C++.
 int int4_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni"))
-        return 2;
+        return __builtin_cpu_supports("avx512vbmi") && has_amx() ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
@@ -43,8 +84,9 @@ int int4_level() {
 
 // Bytes of workspace that int4_fast needs for its quantised activations.
 int64_t int4_workspace_bytes(int64_t batch, int64_t inputs, int64_t group) {
-    int64_t steps = (inputs + kStep - 1) / kStep;
-    return batch * (steps * kStep + 4 * steps + 4 * (inputs / group));
+    const int64_t steps = (inputs + kStep - 1) / kStep;
+    const int64_t whole_tiles = (batch + kTileActivations - 1) / kTileActivations * kTileActivations;
+    return whole_tiles * (steps * kStep + 4 * steps) + batch * 4 * (inputs / group);
 }
 
 // out [batch, rows] = x [batch, inputs] times the weight, plus bias; activations rounded to int8 step by step.
@@ -52,6 +94,9 @@ void int4_fast(int level, int threads, const uint8_t* codes, const uint16_t* sca
                const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, const float* x, int64_t batch,
                const float* bias, float* out, void* workspace) {
     const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+#if defined(__x86_64__)
+    if (level == 3 && batch >= kTiledBatch) return fast_tiled(threads, w, x, batch, bias, out, workspace);
+#endif
     const int64_t steps = w.steps();
     float* floats = static_cast<float*>(workspace);
     const Activations a{reinterpret_cast<int8_t*>(floats + batch * (steps + w.groups())), floats, floats + batch * steps};

@@ -10,7 +10,14 @@
 // Every output is accumulated in the same order whatever the batch, the tile or the number of threads.
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kFarBytes = 16384, kNearBytes = 2048;
+
+// Ask for the weights some rows ahead into the second cache and for the next into the first. (Measured at one
+// activation, 2 threads, Granite Rapids: 81% of the read bandwidth, against 68% with the near one alone.)
+inline void prefetch(const uint8_t* p) {
+    __builtin_prefetch(p + kFarBytes, 0, 2);
+    __builtin_prefetch(p + kNearBytes);
+}
 
 inline float bf16_to_float(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
@@ -107,7 +114,7 @@ inline void tile(const int4::Weight& w, const int4::Activations& x, const float*
         Scales scales[R];
         for (int r = 0; r < R; ++r) {
             const uint8_t* p = w.codes + (row + r) * w.row_bytes() + s * 64;
-            if (T == 1) __builtin_prefetch(p + kPrefetchBytes);
+            if (T == 1) prefetch(p);
             codes[r] = s < whole ? load(p) : load_tail(p, tail_bytes);
             scales[r] = spread<G>(scale + r * stride + (G ? s * (int4::kStep / (G ? G : 1)) : 0));
         }
@@ -193,7 +200,7 @@ void exact(const int4::Weight& w, const float* x, int64_t batch, const float* bi
 int64_t read(const uint8_t* data, int64_t bytes) {
     int64_t lanes[8] = {};
     for (int64_t i = 0; i + 64 <= bytes; i += 64) {
-        __builtin_prefetch(data + i + kPrefetchBytes);
+        prefetch(data + i);
         int64_t words[8];
         __builtin_memcpy(words, data + i, 64);
         for (int j = 0; j < 8; ++j) lanes[j] += words[j];
