@@ -17,7 +17,9 @@ from eval.ppl import (
     load_for_evaluation,
     load_original,
     rise,
+    strict_json,
 )
+from eval.results import RESULTS, append, circumstances, command_line
 from offload.checkpoint import Checkpoint
 from offload.command import Parser, format_bytes, run, say
 from offload.errors import ToolkitError, UsageError
@@ -46,6 +48,8 @@ def _command(argv: list[str]) -> None:
     add_protocol_flags(parser)
     parser.add_argument("--cpu-memory", default="540MiB", help="budget of the streamed runs")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of the streamed runs")
+    parser.add_argument("--record", action="store_true", help="append the rows to the results file")
+    parser.add_argument("--results", type=Path, default=RESULTS / "models.csv", help="results file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     check_protocol(options)
@@ -64,7 +68,11 @@ def _command(argv: list[str]) -> None:
         del model
         streamed = _streamed_run(checkpoint.directory, options.cpu_memory, options.max_new_tokens)
         rows.append(Row(checkpoint.directory.name, checkpoint.nbytes, accuracy, streamed))
-    print(json.dumps([asdict(row) for row in rows]) if options.json else _table(rows))
+    print(strict_json([asdict(row) for row in rows]) if options.json else _table(rows))
+    if options.record:
+        around = circumstances(command_line("eval.compare", argv))
+        append(options.results, [around | _columns(row, rows[0]) for row in rows])
+        say(f"{len(rows)} rows appended to {options.results}")
 
 
 def _streamed_run(directory: Path, budget: str, max_new_tokens: int) -> dict[str, Any]:
@@ -78,6 +86,30 @@ def _streamed_run(directory: Path, budget: str, max_new_tokens: int) -> dict[str
         raise ToolkitError(f"offload.generate failed: {result.stderr.strip().splitlines()[-1]}")
     report: dict[str, Any] = json.loads(result.stdout)
     return report
+
+
+def _columns(row: Row, original: Row) -> dict[str, Any]:
+    """Return a row of the results file."""
+    accuracy, streamed = row.accuracy, row.streamed or {}
+    change, error = rise(accuracy, original.accuracy)
+    return {
+        "model": row.name,
+        "size_bytes": row.size_bytes,
+        "text": accuracy.text,
+        "text_sha256": accuracy.text_sha256[:16],
+        "windows": accuracy.windows,
+        "window": accuracy.window,
+        "nll": round(accuracy.nll, 5),
+        "nll_stderr": round(accuracy.nll_stderr, 5),
+        "nll_rise": round(change, 5),
+        "nll_rise_stderr": round(error, 5),
+        "budget_bytes": streamed.get("budget_bytes", ""),
+        "peak_bytes": streamed.get("peak_memory_bytes", ""),
+        "disk_bytes_per_token": streamed.get("disk_bytes_per_token", ""),
+        "tokens_per_s": round(streamed["decode_tokens_per_second"], 2) if streamed else "",
+        "limit": streamed.get("limit", ""),
+        "of_limit": round(streamed["fraction"], 3) if streamed else "",
+    }
 
 
 def _table(rows: list[Row]) -> str:
