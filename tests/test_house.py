@@ -1,0 +1,78 @@
+"""The rooms and who may enter whom: no arrow points up, and no circle can stand."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "offload": {"kernels", "offload"},
+    "quant": {"kernels", "offload", "quant"},
+    "eval": {"kernels", "offload", "eval"},
+}
+FILES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_import_points_up(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    forbidden = (set(MAY_IMPORT) | {"tests"}) - MAY_IMPORT[room]
+    assert not imported_packages(path) & forbidden
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_transformers_stays_out_of_the_kernels_and_triton_in_them(path: Path) -> None:
+    found = imported_packages(path)
+    room = path.relative_to(ROOT).parts[0]
+    if room == "kernels":
+        assert not found & {"transformers", "safetensors", "accelerate"}
+    else:
+        assert "triton" not in found
+
+
+def test_a_file_is_one_subject() -> None:
+    long = {path.name: lines for path in FILES if (lines := len(path.read_text().splitlines())) > 350}
+    assert not long
+
+
+def test_every_docstring_of_a_public_name_is_there() -> None:
+    bare = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node):
+                inside_a_function = any(
+                    isinstance(outer, ast.FunctionDef) and node in ast.walk(outer) and outer is not node
+                    for outer in ast.walk(tree)
+                )
+                if not inside_a_function:
+                    bare.append(f"{path.name}:{node.name}")
+    assert not bare
+
+
+@pytest.mark.parametrize(
+    "command", ["quant.awq", "quant.rtn", "offload.generate", "eval.ppl", "eval.compare", "eval.speed"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"usage: python -m {command}" in result.stdout
+    assert "(default:" in result.stdout
