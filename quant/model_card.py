@@ -37,9 +37,9 @@ tags: [int4, {recipe.method}, compressed-tensors]
 ---
 # {name}, {recipe.method.upper()} int4
 
-Weights of the decoder layers in {recipe.bits} bits, {kind}, {group}; {seen}, seed {recipe.seed}. Embeddings, norms and
-head are those of the source. {format_bytes(source_bytes)} became {format_bytes(checkpoint_bytes)}. `manifest.json`
-holds the whole recipe, a checksum of every tensor and the error of every layer.
+Weights of the decoder layers in {recipe.bits} bits, {kind}, {group}; {seen}, seed {recipe.seed}. Everything else keeps
+the source's dtype. {format_bytes(source_bytes)} became {format_bytes(checkpoint_bytes)}. `manifest.json` holds the
+whole recipe, a checksum of every tensor and the error of every layer.
 
 ## Running it
 

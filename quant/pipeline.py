@@ -26,7 +26,7 @@ from offload.command import Parser, format_bytes, format_seconds, run, say
 from offload.errors import InputError, ResourceError, UsageError
 from offload.skeleton import build_skeleton, decoder_layers, read_config
 from offload.source import model_name, resolve_model
-from offload.text import load_text, sample_windows, tokenize
+from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 from quant.groupwise import Grid
 from quant.layer import linears
 from quant.model_card import model_card
@@ -56,6 +56,7 @@ class Plan:
     head_dim: int
     hidden_size: int
     vocabulary: int
+    context_tokens: int | None
     expected_bytes: int
 
 
@@ -149,6 +150,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     prefix, layers = decoder_layers(model)
     inside = {f"{prefix}.{i}.{key}": linear for i, layer in enumerate(layers) for key, linear in linears(layer).items()}
     outside = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and key not in inside]
+    if not inside:
+        raise InputError(f"{directory}: {type(model).__name__} has no plain nn.Linear in its layers to quantize")
     skipped = sorted({key for glob in options.skip for key in _matching(glob, list(inside))})
     quantized = {key: linear for key, linear in inside.items() if key not in skipped}
     if not quantized:
@@ -170,6 +173,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         head_dim=head_dim,
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
+        context_tokens=getattr(text_config, "max_position_embeddings", None),
         expected_bytes=_expected_bytes(source, quantized, group_size, options.symmetric),
     )
 
@@ -190,7 +194,7 @@ def _choose_group_size(asked: str | None, quantized: dict[str, nn.Linear]) -> in
         some = ", ".join(f"{name} with {width} inputs" for name, width in unfit[:3])
         fits = f"--group-size {' or '.join(fitting)} fits" if fitting else "no group size fits"
         raise UsageError(
-            f"--group-size {asked}: does not divide {len(unfit)} linears ({some}, ...); {fits}, or use --skip"
+            f"--group-size {size or 'row'}: does not divide {len(unfit)} linears ({some}, ...); {fits}, or use --skip"
         )
     return size
 
@@ -209,6 +213,12 @@ def _check_names(directory: Path, model: nn.Module, source: SourceWeights) -> No
     """Demand a tensor of the right shape for every parameter, tied ones excepted, and no tensor without a place."""
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    unknown = sorted(name for name in source.locations if name not in parameters and not name.endswith(".inv_freq"))
+    if unknown:
+        raise InputError(
+            f"{directory}: {len(unknown)} tensors have no place in {type(model).__name__} ({', '.join(unknown[:3])}); "
+            "its weights are stored in a form this version does not convert"
+        )
     for name, parameter in model.named_parameters(remove_duplicate=False):
         location = source.locations.get(name)
         if location is None and name not in tied:
@@ -218,12 +228,6 @@ def _check_names(directory: Path, model: nn.Module, source: SourceWeights) -> No
         if location is not None and location.spec.shape != tuple(parameter.shape):
             expected, found = list(parameter.shape), list(location.spec.shape)
             raise InputError(f"{location.path}: tensor {name!r} is {found}, the configuration asks for {expected}")
-    unknown = sorted(name for name in source.locations if name not in parameters and not name.endswith(".inv_freq"))
-    if unknown:
-        raise InputError(
-            f"{directory}: {len(unknown)} tensors have no place in {type(model).__name__} ({', '.join(unknown[:3])}); "
-            "its weights are stored in a form this version does not convert"
-        )
 
 
 def _matching(glob: str, names: list[str]) -> list[str]:
@@ -261,8 +265,10 @@ def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tup
     """Return the windows [S, T] a method needs, and the recipe's fields about them."""
     if not method.needs_inputs:
         return None, {}
+    if plan.context_tokens is not None and options.seq_len > plan.context_tokens:
+        raise UsageError(f"--seq-len {options.seq_len}: {plan.name} reads at most {plan.context_tokens} tokens at once")
     text = load_text(options.calibration, "calibration")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(plan.directory)
+    tokenizer = load_tokenizer(plan.directory)
     tokens = tokenize(text, tokenizer)
     vocabulary = plan.vocabulary
     if int(tokens.max()) >= vocabulary:

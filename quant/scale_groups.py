@@ -114,9 +114,10 @@ def _trace(layer: nn.Module, sample: LayerInputs) -> list[tuple[str, int, int]]:
     calls: list[tuple[str, int, int]] = []
     alive: list[Tensor] = []  # an address is an identity only while its tensor lives
 
-    def record(name: str, x: Tensor, y: Tensor) -> None:
-        alive.extend((x, y))
-        calls.append((name, x.data_ptr(), y.data_ptr()))
+    def record(name: str, x: Tensor, y: object) -> None:
+        if isinstance(y, Tensor):  # the router of a mixture of experts returns several
+            alive.extend((x, y))
+            calls.append((name, x.data_ptr(), y.data_ptr()))
 
     handles = []
     for name, module in layer.named_modules():

@@ -58,7 +58,7 @@ class Walk:
         """Write every shard that is not there yet. windows: int64 [S, T] for methods that need inputs."""
         prefix, layers = decoder_layers(self.model)
         outer = [name for name in self.source.locations if not name.startswith(f"{prefix}.")]
-        last = [name for name in outer if self._comes_after(name, prefix)]
+        last = [name for name in outer if self._comes_after(name, prefix)] or outer[-1:]  # no shard is empty
         first = [name for name in outer if name not in last]
         if self.writer.done(0) is None:
             self.writer.write_shard(0, "", {name: self.source.read(name) for name in first}, {})
@@ -249,7 +249,8 @@ def restore(layer: nn.Module, name: str, path: Any, grid: Grid) -> None:
     for key in state_names(layer):
         full = f"{name}.{key}"
         if full in specs:
-            assign(layer, key, shard.read(full).float())
+            tensor = shard.read(full)
+            assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
             continue
         stem = full.removesuffix(".weight")
         codes = shard.read(f"{stem}.weight_packed").view(torch.uint8)

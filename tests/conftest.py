@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # tiny models: two threads that wait for each other are slower, by far on a busy machine
 
 CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. " * 60
 
