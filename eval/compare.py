@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from eval.ppl import (
     Perplexity,
     add_protocol_flags,
@@ -24,7 +22,7 @@ from offload.checkpoint import Checkpoint
 from offload.command import Parser, format_bytes, run, say
 from offload.errors import ToolkitError, UsageError
 from offload.source import resolve_model
-from offload.text import load_text, tokenize
+from offload.text import load_text, load_tokenizer, tokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ def _command(argv: list[str]) -> None:
         raise UsageError(f"these checkpoints come from different models: {', '.join(map(str, sources))}")
     source = resolve_model(sources.pop())
     text = load_text(options.text, "evaluation")
-    tokens = tokenize(text, AutoTokenizer.from_pretrained(source))
+    tokens = tokenize(text, load_tokenizer(source))
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     rows = [Row("original", size, evaluate(*load_original(source), tokens, text, options), None)]
     for checkpoint in opened:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kernels.cpu_matmul import cpu_backend
 from offload.checkpoint import Checkpoint, is_checkpoint
@@ -26,7 +26,7 @@ from offload.command import Parser, Progress, run, say
 from offload.errors import InputError, UsageError
 from offload.executor import load
 from offload.source import DEFAULT_OUTPUT, resolve_model
-from offload.text import Text, load_text, tokenize
+from offload.text import Text, load_text, load_tokenizer, tokenize
 
 _HEAD_CHUNK_TOKENS = 256
 
@@ -98,7 +98,10 @@ def _head_is_all(model: PreTrainedModel, tokens: Tensor) -> bool:
 
 
 def evaluate(model: PreTrainedModel, name: str, backend: str, tokens: Tensor, text: Text, options: Any) -> Perplexity:
-    """Measure one model under the protocol of the command line."""
+    """Measure one model under the protocol of the command line. Raises UsageError if it cannot read a whole window."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and options.window > longest:
+        raise UsageError(f"--window {options.window}: {name} reads at most {longest} tokens at once")
     stride = options.stride or options.window
     started = time.monotonic()
     means, counts = measure(model, tokens, options.window, stride, options.limit_windows, f"{name}, window")
@@ -127,6 +130,19 @@ def standard_error(values: list[float]) -> float:
     if len(values) < 2:
         return math.nan
     return float(torch.tensor(values, dtype=torch.float64).std() / math.sqrt(len(values)))
+
+
+def strict_json(value: Any) -> str:
+    """Return JSON that every parser reads: NaN, the spread of a single window, is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def load_for_evaluation(directory: Path, mode: str) -> tuple[PreTrainedModel, str]:
@@ -185,10 +201,11 @@ def _command(argv: list[str]) -> None:
     check_protocol(options)
     directory = default_model(options.model)
     text = load_text(options.text, "evaluation")
-    tokens = tokenize(text, AutoTokenizer.from_pretrained(directory))
+    tokens = tokenize(text, load_tokenizer(directory))
     compressed = is_checkpoint(directory)
-    if options.baseline and not compressed:
-        raise UsageError(f"--baseline: {directory} is not a checkpoint made from another model")
+    for flag, given in (("--baseline", options.baseline), ("--record", options.record)):
+        if given and not compressed:
+            raise UsageError(f"{flag}: {directory} is not a checkpoint made from another model")
     model, backend = load_for_evaluation(directory, options.backend)
     result = evaluate(model, str(directory), backend, tokens, text, options)
     baseline = None
@@ -218,12 +235,13 @@ def record(directory: Path, result: Perplexity, baseline: Perplexity | None) -> 
     card = directory / "README.md"
     before = card.read_text() if card.exists() else ""
     protocol = f"{result.text}, sha256 {result.text_sha256[:16]}, {result.windows} windows of {result.window}"
+    protocol += "" if result.stride == result.window else f", stride {result.stride}"
     line = f"- perplexity {result.perplexity:.3f} (nll {result.nll:.4f} ± {result.nll_stderr:.4f})"
     if baseline is not None:
         change, error = rise(result, baseline)
         line += f"; the original {baseline.perplexity:.3f}, nll rise {change:.4f} ± {error:.4f}"
     line += f" on {protocol}, {result.backend}\n"
-    kept = re.sub(rf"^- perplexity .* on {re.escape(protocol)},.*\n", "", before, flags=re.MULTILINE)
+    kept = re.sub(rf"^- perplexity .* on {re.escape(protocol)}, \S+\n", "", before, flags=re.MULTILINE)
     if "## Accuracy\n" not in kept:
         kept = f"{kept.rstrip()}\n\n## Accuracy\n\n"
     card.write_text(kept.replace("## Accuracy\n\n", f"## Accuracy\n\n{line}", 1))
@@ -236,7 +254,7 @@ def _print(result: Perplexity, baseline: Perplexity | None, as_json: bool) -> No
         if baseline is not None:
             change, error = rise(result, baseline)
             values |= {"baseline": asdict(baseline), "nll_rise": change, "nll_rise_stderr": error}
-        print(json.dumps(values))
+        print(strict_json(values))
         return
     print(f"perplexity {result.perplexity:.3f}   nll {result.nll:.4f} ± {result.nll_stderr:.4f}   {result.model}")
     if baseline is not None:
