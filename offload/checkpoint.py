@@ -152,8 +152,8 @@ class Checkpoint:
             raise CheckpointError(f"{directory / MANIFEST_NAME}: format {version}, this version reads {FORMAT_VERSION}")
         try:
             recipe = Recipe.from_json(manifest["recipe"])
-            shards, layer_errors = manifest["shards"], manifest["layer_errors"]
-            entries = [(s["file"], s["module"], s["size_bytes"], s["xxh3"]) for s in shards]
+            layer_errors = manifest["layer_errors"]
+            entries = [_shard_entry(number, shard) for number, shard in enumerate(manifest["shards"], start=1)]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{directory / MANIFEST_NAME}: {type(error).__name__} {error}") from None
         _check_config(directory, recipe)
@@ -191,16 +191,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise CheckpointError unless `path` is a readable regular file (a link to one is fine)."""
+    """Raise CheckpointError unless `path` is a readable regular file (a link to one is fine) and no Git LFS pointer."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; copy or download the model again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+    except ValueError as error:  # a name with NUL or half a surrogate pair in it
+        raise CheckpointError(f"{str(path)!r}: cannot be opened ({error})") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError(f"{path}: not a regular file")
+        if os.read(descriptor, len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` or download the model again"
+            )
     finally:
         os.close(descriptor)
 
@@ -208,26 +214,19 @@ def check_regular(path: Path) -> None:
 def read_header(path: Path) -> tuple[int, dict[str, TensorSpec]]:
     """Return a shard's payload offset and tensors, after safetensors has accepted the file. Raises CheckpointError."""
     check_regular(path)
-    with path.open("rb") as file:
-        start = file.read(8 + len(_LFS_POINTER))
-    if start.startswith(_LFS_POINTER):
-        raise CheckpointError(
-            f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` or download the model again"
-        )
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError, RecursionError) as error:
         size = path.stat().st_size
         raise CheckpointError(f"{path}: {size} bytes, refused by safetensors ({error}); truncated or damaged") from None
-    header_bytes = int.from_bytes(start[:8], "little")
     with path.open("rb") as file:
-        file.seek(8)
+        header_bytes = int.from_bytes(file.read(8), "little")
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: header {error}") from None
+        raise CheckpointError(f"{path}: header: {error}") from None
     header.pop("__metadata__", None)
     return 8 + header_bytes, {name: _spec(path, name, entry) for name, entry in header.items()}
 
@@ -243,10 +242,21 @@ def _spec(path: Path, name: str, entry: dict[str, Any]) -> TensorSpec:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} stands twice")
+        values[key] = value
     return values
+
+
+def _shard_entry(number: int, shard: Any) -> tuple[str, str, int, dict[str, str]]:
+    file, module, size_bytes, checksums = shard["file"], shard["module"], shard["size_bytes"], shard["xxh3"]
+    if not (isinstance(file, str) and isinstance(module, str)):
+        raise ValueError(f"shard {number}: file and module are not text")
+    if not (isinstance(size_bytes, int) and isinstance(checksums, dict)):
+        raise ValueError(f"shard {number}: size_bytes is no number or xxh3 no object")
+    return file, module, size_bytes, checksums
 
 
 def _why_no_manifest(directory: Path) -> str:

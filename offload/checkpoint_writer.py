@@ -2,10 +2,12 @@
 
 Every file is written under a temporary name in the same directory, synced, renamed, and the directory synced; so at any
 moment, power loss included, the directory is absent, resumable or complete. While it is unfinished `partial/` holds the
-recipe and a record of each finished shard; what a resumed run trusts is what still matches those records on disk.
+recipe and a record of each finished shard; what a resumed run trusts is what still matches those records on disk. The
+manifest lies there too while the files that it names are being written or deleted.
 """
 
 import fcntl
+import fnmatch
 import json
 import os
 import shutil
@@ -54,9 +56,12 @@ class CheckpointWriter:
         """Return the record of shard `index` if its file still matches it, so that it need not be made again."""
         path = self._partial / f"{index:05d}.json"
         if index not in self._records and path.exists():
-            record = read_json(path)
-            if self._matches(record):
-                self._records[index] = record
+            try:
+                record = read_json(path)
+                if self._matches(record):
+                    self._records[index] = record
+            except (CheckpointError, KeyError, TypeError):
+                return None  # a damaged record or shard is as good as none
         return self._records.get(index)
 
     def write_shard(self, index: int, module: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
@@ -76,6 +81,8 @@ class CheckpointWriter:
     def finish(self, config: dict[str, Any], extra_files: dict[str, bytes]) -> None:
         """Write config, index, the files around the weights, and the manifest last; then drop the partial records."""
         records = [self._records[index] for index in range(self.num_shards)]
+        manifest = _json_bytes(self._manifest(records, extra_files))
+        write_durably(self._partial / MANIFEST_NAME, manifest)
         for name, content in extra_files.items():
             write_durably(self.directory / name, content)
         config = {**config, "quantization_config": self.recipe.quantization_config()}
@@ -84,26 +91,27 @@ class CheckpointWriter:
         total_bytes = sum(spec.nbytes for r in records for spec in read_header(self.directory / r["file"])[1].values())
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_durably(self.directory / INDEX_NAME, _json_bytes(index))
-        manifest = {
+        write_durably(self.directory / MANIFEST_NAME, manifest)
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _manifest(self, records: list[dict[str, Any]], extra_files: dict[str, bytes]) -> dict[str, Any]:
+        return {
             "format_version": FORMAT_VERSION,
             "recipe": self.recipe.to_json(),
             "shards": [{k: record[k] for k in ("file", "module", "size_bytes", "xxh3")} for record in records],
             "files": sorted(extra_files),
             "layer_errors": {record["module"]: record["report"] for record in records if record["report"]},
         }
-        write_durably(self.directory / MANIFEST_NAME, _json_bytes(manifest))
-        shutil.rmtree(self._partial)
 
     def _shard_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
     def _matches(self, record: dict[str, Any]) -> bool:
         """Whether the shard on disk is the one that was recorded, every byte of it."""
-        path = self.directory / record["file"]
-        try:
-            offset, tensors = read_header(path)
-        except CheckpointError:
+        if set(record) != {"file", "module", "size_bytes", "xxh3", "report"}:
             return False
+        path = self.directory / record["file"]
+        offset, tensors = read_header(path)
         if path.stat().st_size != record["size_bytes"] or set(tensors) != set(record["xxh3"]):
             return False
         with path.open("rb") as file:
@@ -118,14 +126,17 @@ class CheckpointWriter:
 def open_writer(directory: Path, recipe: Recipe, num_shards: int, overwrite: bool) -> Iterator[CheckpointWriter]:
     """Lock `directory` and yield a writer that resumes what an interrupted run with the same recipe left there.
 
-    Raises UsageError if the directory holds anything else (with `overwrite`: anything this toolkit did not write),
-    BusyError if another process writes there, ResourceError if it cannot be created.
+    Raises UsageError, with nothing changed, if the directory holds anything else (with `overwrite`: anything that this
+    toolkit did not write), BusyError if another process writes there, ResourceError if it cannot be created.
     """
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--output {directory}: a file is in the way; name a directory")
     lock = _take_lock(directory)
     try:
-        _prepare(directory, recipe, overwrite)
+        try:
+            _prepare(directory, recipe, overwrite)
+        except OSError as error:
+            raise ResourceError(f"--output {directory}: cannot be written ({error.strerror})") from None
         yield CheckpointWriter(directory, recipe, num_shards)
     finally:
         (directory / _LOCK).unlink(missing_ok=True)
@@ -202,14 +213,18 @@ def _take_lock(directory: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = path.exists() and path.stat().st_ino == os.fstat(lock).st_ino  # not one just removed by its owner
+        if held:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
     except BlockingIOError:
         held = False
+    except OSError as error:
+        os.close(lock)
+        raise ResourceError(f"--output {directory}: cannot be written ({error.strerror})") from None
     if not held:
         holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "another"
         os.close(lock)
         raise BusyError(f"{directory}: process {holder} is writing here; wait for it or choose another --output")
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
 
 
@@ -217,20 +232,24 @@ def _prepare(directory: Path, recipe: Recipe, overwrite: bool) -> None:
     """Leave `directory` empty with our recipe in it, or resumable, or complete; or refuse."""
     entries = {entry.name for entry in directory.iterdir()} - {_LOCK}
     partial = directory / _PARTIAL
-    if entries and overwrite:
-        _delete_ours(directory)
-        entries = {entry.name for entry in directory.iterdir()} - {_LOCK}
+    if overwrite:
+        _delete_ours(directory, entries)
+        entries = set()
     if MANIFEST_NAME in entries:
         _refuse_other(directory, recipe, read_json(directory / MANIFEST_NAME).get("recipe"), "a finished checkpoint")
         shutil.rmtree(partial, ignore_errors=True)
     elif (partial / "recipe.json").exists():
         _refuse_other(directory, recipe, read_json(partial / "recipe.json"), "an unfinished run")
-    elif entries - {_PARTIAL}:
-        some = ", ".join(sorted(entries)[:3])
-        raise UsageError(f"--output {directory}: not empty ({some}); choose another directory or empty this one")
     else:
+        _refuse_foreign(directory, entries - {_PARTIAL})
         partial.mkdir(exist_ok=True)
         write_durably(partial / "recipe.json", _json_bytes(recipe.to_json()))
+
+
+def _refuse_foreign(directory: Path, entries: set[str]) -> None:
+    if entries:
+        some = ", ".join(sorted(entries)[:3])
+        raise UsageError(f"--output {directory}: not empty ({some}); choose another directory or empty this one")
 
 
 def _refuse_other(directory: Path, recipe: Recipe, found: object, what: str) -> None:
@@ -239,7 +258,9 @@ def _refuse_other(directory: Path, recipe: Recipe, found: object, what: str) -> 
         return
     known = found if isinstance(found, dict) else {}
     differing = [
-        f"{key}: {known.get(key)!r} there, {wanted[key]!r} asked" for key in wanted if known.get(key) != wanted[key]
+        f"{key}: {known.get(key)!r} there, {wanted.get(key)!r} asked"
+        for key in {**wanted, **known}
+        if known.get(key) != wanted.get(key)
     ]
     raise UsageError(
         f"--output {directory}: holds {what} of another recipe ({'; '.join(differing)}); "
@@ -247,18 +268,26 @@ def _refuse_other(directory: Path, recipe: Recipe, found: object, what: str) -> 
     )
 
 
-def _delete_ours(directory: Path) -> None:
-    """Remove what this toolkit wrote, the manifest first; any other file stays, and is refused afterwards."""
+def _delete_ours(directory: Path, entries: set[str]) -> None:
+    """Remove what this toolkit wrote; raise UsageError, and remove nothing, if `entries` has anything else.
+
+    The manifest goes first, to `partial/`: no one takes what is left for a checkpoint, and a deletion that was
+    interrupted still knows which files are ours.
+    """
     manifest, partial = directory / MANIFEST_NAME, directory / _PARTIAL
-    names = {INDEX_NAME, CONFIG_NAME}
+    kept = partial / MANIFEST_NAME
+    ours: set[str] = set()
+    if manifest.exists() or kept.exists() or (partial / "recipe.json").exists():
+        ours = {INDEX_NAME, CONFIG_NAME, MANIFEST_NAME, *fnmatch.filter(entries, "model-*-of-*.safetensors")}
+        for path in filter(Path.exists, (manifest, kept)):
+            ours.update(read_json(path).get("files", []))
+        ours.update([f".{name}.tmp" for name in ours], fnmatch.filter(entries, ".model-*-of-*.safetensors.tmp"))
+    _refuse_foreign(directory, entries - ours - {_PARTIAL})
     if manifest.exists():
-        names |= set(read_json(manifest).get("files", []))
-        manifest.unlink()
-    elif not (partial / "recipe.json").exists():
-        return
-    shards = [path.name for path in directory.glob("model-*-of-*.safetensors")]
-    for name in sorted(names.union(shards)):
-        (directory / Path(name).name).unlink(missing_ok=True)
+        partial.mkdir(exist_ok=True)
+        manifest.rename(kept)
+    for name in sorted(entries & ours - {MANIFEST_NAME}):
+        (directory / name).unlink()
     shutil.rmtree(partial, ignore_errors=True)
 
 

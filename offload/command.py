@@ -51,7 +51,8 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
         say("terminated")
         return 143
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):  # either may be the closed one, and Python flushes both at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
     except Exception as error:
         traceback.print_exc() if debug else say(
@@ -89,7 +90,7 @@ def format_bytes(count: float) -> str:
     """Return 1536 as "1.5 KiB"."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
+        if round(abs(size), 1) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"

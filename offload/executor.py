@@ -21,7 +21,7 @@ from kernels.packed import PackedWeight
 from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
 from offload.errors import CheckpointError, UsageError
 from offload.linear import PackedLinear
-from offload.memory import Arena, FileReader, resident_memory_bytes
+from offload.memory import Arena, FileReader, resident_memory_bytes, trim_memory
 from offload.placement import Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
 from offload.skeleton import assign, build_skeleton, read_config
 from offload.transfer import Slots, read_blob
@@ -90,6 +90,7 @@ def load(
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]
     widening = element.element_size() / 2
+    trim_memory()
     needs = Needs(
         runtime_bytes=resident_memory_bytes(),
         fixed_bytes=int(sum(blob.nbytes for blob in fixed) * widening),

@@ -99,15 +99,16 @@ def _prompt(options: argparse.Namespace) -> str:
 def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None) -> Report:
     """Load, print the plan, stream the answer to stdout, and measure."""
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from offload.executor import executor_of, load
     from offload.memory import peak_memory_bytes
     from offload.placement import describe
     from offload.skeleton import read_config
+    from offload.text import load_tokenizer
 
     _check_checkpoint(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     tokens = _encode(tokenizer, prompt, options)
     longest = read_config(options.model).get_text_config(decoder=True).max_position_embeddings
     context = options.context or len(tokens) + options.max_new_tokens

@@ -4,9 +4,12 @@ Weights that do not fit are never mapped from their file: a truncated file would
 drops exactly what is needed next. They are read into memory of our own, past the page cache where the file system can.
 """
 
+import ctypes
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -60,19 +63,19 @@ class FileReader:
         rounded = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
         done = 0
         try:
-            descriptor, direct = self._descriptor(path)
-            while done < nbytes:
-                count = os.preadv(descriptor, [target[done:rounded]], offset + done)
-                end = done + count
-                if direct and end < nbytes:
-                    end -= end % PAGE_BYTES  # a direct read continues on a page
-                if end == done:
-                    raise CheckpointError(
-                        f"{path}: ends at byte {offset + done + count}; it was truncated while in use"
-                    )
-                done = end
-            if not direct:
-                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            with self._lent(path) as (descriptor, direct):
+                while done < nbytes:
+                    count = os.preadv(descriptor, [target[done:rounded]], offset + done)
+                    end = done + count
+                    if direct and end < nbytes:
+                        end -= end % PAGE_BYTES  # a direct read continues on a page
+                    if end == done:
+                        raise CheckpointError(
+                            f"{path}: ends at byte {offset + done + count}; it was truncated while in use"
+                        )
+                    done = end
+                if not direct:
+                    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from None
 
@@ -83,15 +86,24 @@ class FileReader:
                 os.close(descriptor)
             self._open.clear()
 
-    def _descriptor(self, path: Path) -> tuple[int, bool]:
+    @contextmanager
+    def _lent(self, path: Path) -> Iterator[tuple[int, bool]]:
+        """Lend a file's descriptor to one read: no other read can have it closed in the meantime."""
         with self._lock:
-            found = self._open.pop(path, None)
-            if found is None:
-                found = self._open_file(path)
-                if len(self._open) >= _OPEN_FILES:
-                    os.close(self._open.popitem(last=False)[1][0])
-            self._open[path] = found
-            return found
+            lent = self._open.pop(path, None)
+        lent = lent or self._open_file(path)
+        try:
+            yield lent
+        except BaseException:
+            os.close(lent[0])  # the next read opens what lies there by then
+            raise
+        with self._lock:
+            surplus = [self._open.pop(path)] if path in self._open else []
+            self._open[path] = lent
+            if len(self._open) > _OPEN_FILES:
+                surplus.append(self._open.popitem(last=False)[1])
+        for descriptor, _ in surplus:
+            os.close(descriptor)
 
     def _open_file(self, path: Path) -> tuple[int, bool]:
         """Open past the page cache if a first read shows that this works here."""
@@ -106,8 +118,18 @@ class FileReader:
                     os.close(descriptor)
             except OSError:
                 pass
-        self.direct = False
-        return os.open(path, flags), False
+        descriptor = os.open(path, flags)
+        self.direct = False  # only now: a file that is missing says nothing about the file system
+        return descriptor, False
+
+
+def trim_memory() -> None:
+    """Give back to the system what imports and temporaries left free in the heap (measured: 29 MiB before loading)."""
+    trim = getattr(
+        ctypes.CDLL(None), "malloc_trim", None
+    )  # glibc's; other C libraries keep little or have no such call
+    if trim is not None:
+        trim(0)
 
 
 def resident_memory_bytes() -> int:

@@ -17,8 +17,8 @@ from offload.errors import ResourceError
 Tier = Literal["resident", "staged", "mapped", "host", "disk"]
 
 _DEPTH = 3
-_RESERVE_BYTES = 8 << 20
-"""Code that is first touched by a forward pass, the allocator's own waste, and the streamer (measured: 18-24 MiB)."""
+_RESERVE_BYTES = 22 << 20
+"""Library code that a forward pass touches first, the allocator's own waste, and the streamer (measured: 18-22 MiB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ def plan(needs: Needs, budget_bytes: int | None) -> Placement:
 
 
 def _too_small(needs: Needs, budget_bytes: int) -> str:
-    smallest = needs.around_bytes + max(needs.layers_bytes)
+    smallest_mib = -(-(needs.around_bytes + max(needs.layers_bytes)) // (1 << 20))  # rounded up: it is to be tried
     return (
-        f"--cpu-memory {format_bytes(budget_bytes)}: too small for this model; at least {format_bytes(smallest)} is "
+        f"--cpu-memory {format_bytes(budget_bytes)}: too small for this model; at least {smallest_mib} MiB is "
         f"needed: {format_bytes(needs.runtime_bytes)} for Python, torch and transformers, "
         f"{format_bytes(needs.fixed_bytes)} for embeddings and head, "
         f"{format_bytes(needs.cache_bytes)} for keys and values, "

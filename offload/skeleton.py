@@ -4,6 +4,7 @@ Models come from transformers; nothing of an architecture is written here. Weigh
 whoever walks the model.
 """
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -25,20 +26,31 @@ def read_config(directory: Path) -> PretrainedConfig:
     model_type = values.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # each family has its own ways to refuse a value
         raise InputError(
-            f"{directory / CONFIG_NAME}: transformers cannot build model_type {model_type!r} ({reason}); "
+            f"{directory / CONFIG_NAME}: transformers cannot build model_type {model_type!r} ({_reason(error)}); "
             "models that bring their own code are never run"
         ) from None
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a causal language model of `config` whose floating parameters would be `dtype`; nothing is allocated."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """Build a causal language model of `config` whose floating parameters would be `dtype`; nothing is allocated.
+
+    Raises InputError if a value of the configuration is one that no model can be built with.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        kind = type(config).__name__
+        raise InputError(f"transformers cannot build a {kind} model ({_reason(error)}); check {CONFIG_NAME}") from None
     model.requires_grad_(False)
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line of bounded length what transformers said in many."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

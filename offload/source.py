@@ -35,12 +35,12 @@ def resolve_model(model: str | None) -> Path:
     if model is None:
         return _embedded_model()
     directory = Path(model)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # of any text, where Path.is_dir raises if it is too long for a name
         directory = _download(model)
     if not (directory / CONFIG_NAME).exists():
         raise InputError(f"--model {model}: no {CONFIG_NAME} in it; not a model directory")
     if not any(directory.glob("*.safetensors")):
-        if any(directory.glob(pattern) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt")):
+        if any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in directory.iterdir()):
             raise InputError(
                 f"--model {model}: only pickled weights, which are never run; convert them to safetensors first"
             )

@@ -6,6 +6,8 @@ by topic into a calibration and an evaluation part that share no paragraph.
 
 import hashlib
 import json
+import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +49,7 @@ def load_text(name: str | None, part: Part, column: str = "text") -> Text:
     if name is None:
         return _embedded_text(part)
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # of any text, where Path.exists raises if it is too long for a name
         if path.suffix in (*_TEXT_SUFFIXES, ".jsonl", ".parquet"):
             raise InputError(f"{name}: no such file")
         return Text(_from_hub(name, column), name)
@@ -59,6 +61,17 @@ def load_text(name: str | None, part: Part, column: str = "text") -> Text:
         return Text(_from_parquet(path, column), path.name)
     content = _read_utf8(path)
     return Text(_from_jsonl(path, content, column) if path.suffix == ".jsonl" else (content,), path.name)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer in a model directory. Raises InputError if there is none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise InputError(f"{directory}: no tokenizer that transformers can load ({reason})") from None
 
 
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
@@ -74,7 +87,12 @@ def sample_windows(tokens: Tensor, num_samples: int, seq_len: int, seed: int) ->
     """Choose windows that do not overlap: int64 [num_samples, seq_len]. Raises InputError if the text is too short."""
     available = len(tokens) // seq_len
     if available < num_samples:
-        fits = f"--num-samples {available}" if available else f"--seq-len {max(1, len(tokens) // num_samples)}"
+        if available:
+            fits = f"--num-samples {available}"
+        elif len(tokens) >= num_samples:
+            fits = f"--seq-len {len(tokens) // num_samples}"
+        else:
+            fits = f"--num-samples 1 --seq-len {len(tokens)}"
         raise InputError(
             f"calibration text: {num_samples} windows of {seq_len} tokens need {num_samples * seq_len}, "
             f"it has {len(tokens)}; {fits} fits, or give more text"
@@ -98,7 +116,10 @@ def _embedded_text(part: Part) -> Text:
 
 
 def _read_utf8(path: Path) -> str:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     nul = content.find(0)
     if nul >= 0:
         raise InputError(f"{path}: not text: byte {nul} is NUL")
@@ -110,12 +131,12 @@ def _read_utf8(path: Path) -> str:
 
 def _from_jsonl(path: Path, content: str, column: str) -> tuple[str, ...]:
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines also cuts at U+2028, inside a string
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
         documents.append(_column(f"{path}: line {number}", row, column))
     if not documents:

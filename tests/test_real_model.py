@@ -1,0 +1,119 @@
+"""The promises on the embedded model: accuracy kept, the budget kept, and the file opened by others."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kernels.packed import PackedWeight, dequantize
+from offload.checkpoint import Checkpoint
+from offload.executor import executor_of, load
+from offload.memory import resident_memory_bytes
+from offload.source import resolve_model
+from offload.text import load_text, tokenize
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).parent.parent
+BUDGET_BYTES = 540 << 20
+
+
+def run(module: str, *flags: str, before: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Run a command in a process of its own, which first calls `before`, and return the JSON object it prints."""
+    command = [sys.executable, "-m", module, *flags, "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=before)
+    assert result.returncode == 0, result.stderr
+    values: dict[str, Any] = json.loads(result.stdout)
+    return values
+
+
+@contextmanager
+def memory_limited_group(limit_bytes: int) -> Iterator[Callable[[], None] | None]:
+    """Yield what puts the calling process into a control group that the kernel holds to a limit.
+
+    None where this process may not make one; the peak that the command reports of itself is asserted all the same.
+    """
+    group = Path("/sys/fs/cgroup/memory") / f"int4-offload-{os.getpid()}"
+    limit = "memory.limit_in_bytes"
+    if not group.parent.is_dir():
+        group, limit = Path("/sys/fs/cgroup") / group.name, "memory.max"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(limit_bytes))
+    except OSError:
+        yield None
+        return
+
+    def join() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        yield join
+    finally:
+        group.rmdir()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What `quant.rtn` and `quant.awq` make of the embedded model without further flags."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    for method in ("rtn", "awq"):
+        run(f"quant.{method}", "--output", str(base / method))
+    return {method: base / method for method in ("rtn", "awq")}
+
+
+def test_awq_loses_at_most_six_tenths_of_what_rounding_loses(checkpoints: dict[str, Path]) -> None:
+    flags = ("--limit-windows", "4", "--baseline")
+    rise = {name: run("eval.ppl", "--model", str(path), *flags)["nll_rise"] for name, path in checkpoints.items()}
+    assert 0 < rise["awq"] <= 0.6 * rise["rtn"]
+
+
+def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]) -> None:
+    text = load_text(None, "evaluation")
+    tokens = tokenize(text, AutoTokenizer.from_pretrained(checkpoints["awq"]))[:200]
+    resident = load(checkpoints["awq"])
+    needs = executor_of(resident).placement.needs
+    room = needs.around_bytes - needs.runtime_bytes + 9 * max(needs.layers_bytes)
+    streamed = load(checkpoints["awq"], cpu_memory=resident_memory_bytes() + room)
+    with torch.inference_mode():
+        assert "disk" in executor_of(streamed).placement.tiers
+        assert torch.equal(streamed(tokens[None]).logits, resident(tokens[None]).logits)
+    executor_of(streamed).close()
+
+
+def test_generation_stays_within_the_budget_of_the_whole_process(checkpoints: dict[str, Path]) -> None:
+    flags = ("--model", str(checkpoints["awq"]), "--max-new-tokens", "64", "--cpu-memory", "540MiB")
+    with memory_limited_group(BUDGET_BYTES) as join:
+        report = run("offload.generate", *flags, before=join)
+    assert report["new_tokens"] > 16
+    assert report["disk_bytes_per_token"] > 0
+    assert report["peak_memory_bytes"] <= BUDGET_BYTES
+
+
+def test_the_checkpoint_opens_in_plain_transformers(checkpoints: dict[str, Path]) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(resolve_model(None), dtype=torch.bfloat16)
+    checkpoint = Checkpoint.open(checkpoints["awq"])
+    for blob in checkpoint.blobs:
+        content = torch.frombuffer(bytearray(blob.path.read_bytes()[blob.offset :]), dtype=torch.uint8)
+        tensors = {
+            name: content[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+            for name, spec in blob.tensors.items()
+        }
+        for name, tensor in tensors.items():
+            if name.endswith(".weight_packed"):
+                weight = PackedWeight(tensor.view(torch.uint8), tensors[name.replace("_packed", "_scale")], None, 64)
+                reference.get_parameter(name.removesuffix("_packed")).data = dequantize(weight, torch.bfloat16)
+            elif name in dict(reference.named_parameters()):
+                reference.get_parameter(name).data = tensor
+    opened = AutoModelForCausalLM.from_pretrained(checkpoints["awq"], dtype=torch.bfloat16)
+    tokens = torch.arange(100, 164)[None]
+    with torch.inference_mode():
+        assert torch.equal(opened(tokens).logits, reference(tokens).logits)
