@@ -1,7 +1,8 @@
 """Compile every GPU kernel without a GPU and refuse what would run badly. `python -m kernels.ahead_of_time`
 
-For compute capabilities 8.0, 9.0 and 10.0: no register spills, tensor-core instructions in the fused kernel, shared
-memory within what every such device has. Prints a table; exits 1 if a gate fails.
+For compute capabilities 8.0, 9.0 and 10.0: no register spills, tensor-core instructions in the fused kernel, at most 4
+instructions a weight where it decodes, shared memory within what every such device has. Prints a table; exits 1 if a
+gate fails.
 """
 
 import re
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_matmul import TILES, dequantize_kernel, matmul_kernel
+from kernels.triton_kernels import dequantize_kernel, matmul_kernel, reduce_kernel
+from kernels.triton_matmul import TUNINGS, Tile
 
 _CAPABILITIES = (80, 90, 100)
 _SHARED_LIMIT_BYTES = 99 << 10
+_MULTIPLES_OF_16 = ("N", "K", "row_bytes")
+_LOOP_INSTRUCTIONS_LIMIT = 4.0
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_LABEL = re.compile(r"^\s*\.?(\.L_[\w.]+):")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+\S")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_[\w.]+)\)")
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA)\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A kernel as it is launched: its name, the types of its arguments, its compile-time values and its warps."""
+    """A kernel as it is launched: its name, the types of its arguments, its compile-time values and its warps.
+
+    loop_weights: weights that one turn of its loop multiplies, None where instructions are not counted against them.
+    gated: whether the count has a limit, which decoding has; where groups are of 32, a step is too short to keep it.
+    """
 
     name: str
     kernel: Any
@@ -36,11 +47,16 @@ class Configuration:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    loop_weights: int | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What came out: registers of a thread, bytes spilled, shared memory in bytes, tensor-core instructions."""
+    """What came out: registers of a thread, bytes spilled, shared memory in bytes, tensor-core instructions.
+
+    loop_instructions: those of one turn of the loop around the tensor cores, in all threads, for each of its weights.
+    """
 
     name: str
     capability: int
@@ -48,48 +64,73 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     tensor_core_instructions: int
+    loop_instructions: float | None = None
 
-    def failures(self, fused: bool) -> list[str]:
-        """Name the gates this one does not pass."""
+    def failures(self, fused: bool, gated: bool) -> list[str]:
+        """Name the gates this one does not pass; `gated` ones have a limit of instructions a weight."""
         failed = []
         if self.spilled_bytes:
             failed.append(f"{self.spilled_bytes} bytes spilled")
         if fused and not self.tensor_core_instructions:
             failed.append("no tensor-core instruction")
+        if gated and self.loop_instructions is not None and self.loop_instructions > _LOOP_INSTRUCTIONS_LIMIT:
+            failed.append(f"{self.loop_instructions:.2f} instructions a weight")
         if self.shared_bytes > _SHARED_LIMIT_BYTES:
             failed.append(f"{self.shared_bytes} bytes of shared memory")
         return failed
 
 
-def configurations() -> Iterator[Configuration]:
-    """Yield every configuration that kernels.triton_matmul launches, for activations of 16 bits."""
+def configurations(capability: int) -> Iterator[Configuration]:
+    """Yield every configuration that kernels.triton_matmul launches there, at 16 bits and in whole steps."""
+    tuning = TUNINGS[capability // 10]
     for dtype in ("fp16", "bf16"):
         for group in (0, 32, 64, 128):
             for has_zero in (False, True):
-                zero = "*i32" if has_zero else "constexpr"
-                shared: dict[str, Any] = {
-                    "GROUP": group,
-                    "HAS_ZERO": has_zero,
-                    **({} if has_zero else {"zero_NC": None}),
-                }
+                zero = {"zero_NC": "*i32"} if has_zero else {}
+                pointers = {"codes_NK": "*u8", "scale_NC": f"*{dtype}", **zero}
+                constants: dict[str, Any] = {"GROUP": group, "HAS_ZERO": has_zero}
+                constants |= {} if has_zero else {"zero_NC": None}
                 label = f"{dtype}, group {group or 'row'}, {'zero' if has_zero else 'symmetric'}"
-                weight = {"codes_NK": "*u8", "scale_NC": f"*{dtype}", "zero_NC": zero}
-                for tile in TILES:
-                    arguments = {"x_MK": f"*{dtype}", **weight, "bias_N": "constexpr", "out_MN": f"*{dtype}"}
-                    constants: dict[str, Any] = {
-                        "STEP": tile.step(group),
-                        "BLOCK_M": tile.block_m,
-                        "BLOCK_N": tile.block_n,
-                    }
-                    constants |= {"HAS_BIAS": False, "bias_N": None}
-                    name = f"matmul {tile.block_m}x{tile.block_n}, {label}"
-                    yield _configuration(
-                        name, matmul_kernel, arguments, shared | constants, tile.num_warps, tile.num_stages
-                    )
-                arguments = {**weight, "out_NK": f"*{dtype}"}
+                for tile in (*tuning.tiles, tuning.mapped):
+                    yield _fused(tile, label, dtype, pointers, constants)
+                arguments = {**pointers, "out_NK": f"*{dtype}"}
                 yield _configuration(
-                    f"dequantize, {label}", dequantize_kernel, arguments, shared | {"STEP": 1024}, 4, 1
+                    f"dequantize, {label}", dequantize_kernel, arguments, constants | {"STEP": 1024}, 4, 1
                 )
+        splits = {"SPLITS": 16, "BLOCK": 1024, "HAS_BIAS": True}
+        arguments = {"partial_SMN": "*fp32", "bias_N": f"*{dtype}", "out_MN": f"*{dtype}"}
+        yield _configuration(f"reduce, {dtype}", reduce_kernel, arguments, splits, 4, 1)
+
+
+def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constants: dict[str, Any]) -> Configuration:
+    step = tile.step(constants["GROUP"])
+    constants = constants | {
+        "STEP": step,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "WHOLE_STEPS": True,
+        "SCALE_WEIGHTS": tile.scale_weights,
+        "HAS_BIAS": False,
+        "PTX": True,
+        "bias_N": None,
+    }
+    sums = "x_sum_MS"
+    summed = constants["HAS_ZERO"] and not tile.scale_weights
+    constants |= {} if summed else {sums: None}
+    arguments = {"x_MK": f"*{dtype}", sums: "*fp32", **pointers, "out_SMN": "*fp32"}
+    kind = "mapped" if tile.scale_weights else "matmul"
+    made = _configuration(
+        f"{kind} {tile.block_m}x{tile.block_n}x{tile.largest_step}, {label}",
+        matmul_kernel,
+        arguments,
+        constants,
+        tile.num_warps,
+        tile.num_stages,
+    )
+    # what crosses the bus is bound by it
+    return replace(
+        made, loop_weights=None if tile.scale_weights else tile.block_n * step, gated=tile.block_m == 16 and step >= 64
+    )
 
 
 def _configuration(
@@ -108,8 +149,8 @@ def compile_one(configuration: Configuration, capability: int) -> Compiled:
         constexprs=configuration.constants,
         attrs={
             (index,): [["tt.divisibility", 16]]
-            for index, kind in enumerate(configuration.signature.values())
-            if "*" in kind
+            for index, (name, kind) in enumerate(configuration.signature.items())
+            if "*" in kind or name in _MULTIPLES_OF_16
         },
     )
     options = {
@@ -131,7 +172,29 @@ def compile_one(configuration: Configuration, capability: int) -> Compiled:
         spilled_bytes=len(re.findall(r"\b(?:STL|LDL)\b", code)) and numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         tensor_core_instructions=len(_TENSOR_CORE.findall(code)),
+        loop_instructions=None
+        if configuration.loop_weights is None
+        else loop_length(code) * 32 * configuration.num_warps / configuration.loop_weights,
     )
+
+
+def loop_length(code: str) -> int:
+    """Return the instructions in the loop that holds most tensor-core instructions, from a disassembly.
+
+    A loop is what lies between a label and a branch back to it. Raises ValueError if none holds such an instruction.
+    """
+    lines = [line for line in code.splitlines() if _LABEL.match(line) or _INSTRUCTION.search(line)]
+    starts = {match[1]: number for number, line in enumerate(lines) if (match := _LABEL.match(line))}
+    loops = []
+    for number, line in enumerate(lines):
+        target = _BRANCH.search(line)
+        if target and starts.get(target[1], number) < number:
+            body = [text for text in lines[starts[target[1]] : number + 1] if _INSTRUCTION.search(text)]
+            loops.append((sum(bool(_TENSOR_CORE.search(text)) for text in body), -len(body)))
+    products, length = max(loops, default=(0, 0))
+    if not products:
+        raise ValueError("no loop around a tensor-core instruction")
+    return -length
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -140,18 +203,20 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main() -> int:
     """Compile everything, print the table, and return 1 if a gate failed."""
-    pairs = [(c, capability) for c in configurations() for capability in _CAPABILITIES]
+    pairs = [(c, capability) for capability in _CAPABILITIES for c in configurations(capability)]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda pair: compile_one(*pair), pairs))
-    print("| kernel | sm | registers | spilled | shared | tensor-core instructions | |")
-    print("|---|---|---|---|---|---|---|")
+    print("| kernel | sm | registers | spilled | shared | tensor-core instructions | instructions a weight | |")
+    print("|---|---|---|---|---|---|---|---|")
     failed = 0
     for (configuration, _), result in zip(pairs, results, strict=True):
-        failures = result.failures(configuration.kernel is matmul_kernel)
+        failures = result.failures(configuration.kernel is matmul_kernel, configuration.gated)
         failed += bool(failures)
         print(
             f"| {result.name} | {result.capability} | {result.registers} | {result.spilled_bytes} "
-            f"| {result.shared_bytes} | {result.tensor_core_instructions} | {'; '.join(failures) or 'ok'} |"
+            f"| {result.shared_bytes} | {result.tensor_core_instructions} "
+            f"| {'-' if result.loop_instructions is None else f'{result.loop_instructions:.2f}'} "
+            f"| {'; '.join(failures) or 'ok'} |"
         )
     print(f"{len(results)} compiled, {failed} failed", file=sys.stderr)
     return 1 if failed else 0

@@ -1,169 +1,214 @@
-"""The int4 product on the GPU, in Triton: compute capability 8.0 and newer.
+"""The int4 product on the GPU: compute capability 8.0 and newer. What a program computes: kernels/triton_kernels.py.
 
-Every packed byte is loaded once; its two nibbles meet the even and the odd activations in two dots, so nothing is
-interleaved. Codes minus zero point are small integers, exact in any float, and the scale of a group multiplies the
-group's partial sum in float32. Above a few tiles of activations the weight is dequantised once and left to cuBLAS.
-
-Letters: M activations, N outputs, K inputs, C groups in a row.
+Few activations leave too few programs to fill the device; K is then split among several, whose float32 sums another
+kernel adds in a fixed order. Above `Tuning.fused_batch` activations the weight is dequantised once and left to cuBLAS.
+The weight may also lie in pinned host memory, from where the same kernel reads it across the bus.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.packed import PackedWeight
+from kernels.triton_kernels import dequantize_kernel, matmul_kernel, reduce_kernel
 
-FUSED_BATCH = 64
-"""Activations up to which the fused kernel runs; beyond, dequantising once costs less than dequantising per tile."""
-
-_OLDEST = (8, 0)
+_OLDEST = 8
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the fused kernel is launched: outputs of a program, the most codes of a row it takes at a time, its warps."""
+    """How the fused kernel is launched: activations and outputs of a program, the most codes it takes at a time.
+
+    scale_weights: the codes are scaled, not their sums, so that a step may take several groups.
+    """
 
     block_m: int
     block_n: int
     largest_step: int
     num_warps: int
     num_stages: int
+    scale_weights: bool = False
 
     def step(self, group: int) -> int:
-        """Return the codes of one step: at most a group of `group`, 0 being the whole row."""
-        return min(group or self.largest_step, self.largest_step)
+        """Return the codes of one step where groups are of `group` codes, 0 being the whole row."""
+        return self.largest_step if self.scale_weights else min(group or self.largest_step, self.largest_step)
 
 
-TILES = (Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 8, 3))
-"""For up to 16 activations, and for more; chosen so that nothing spills (`python -m kernels.ahead_of_time`)."""
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What is chosen for an architecture.
 
-
-@triton.jit
-def matmul_kernel(
-    x_MK,
-    codes_NK,
-    scale_NC,
-    zero_NC,
-    bias_N,
-    out_MN,
-    M,
-    N,
-    K,
-    C,
-    GROUP: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """One tile of x @ W.T; STEP codes of a row at a time, all of one group. GROUP is 0 for one group a row."""
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_m, inside_n = m[:, None] < M, n < N
-    byte = tl.arange(0, STEP // 2)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, tl.cdiv(K, STEP)):
-        j = step * (STEP // 2) + byte
-        inside_k = j < K // 2
-        pairs = tl.load(
-            codes_NK + n[:, None].to(tl.int64) * (K // 2) + j[None, :],
-            mask=inside_n[:, None] & inside_k[None, :],
-            other=0,
-        )
-        group = 0 if GROUP == 0 else step * STEP // GROUP
-        scale = tl.load(scale_NC + n * C + group, mask=inside_n, other=0.0).to(tl.float32)
-        if HAS_ZERO:
-            word = tl.load(zero_NC + (n // 8) * C + group, mask=inside_n, other=0)
-            zero = (word >> ((n % 8) * 4)) & 15
-        else:
-            zero = tl.full((BLOCK_N,), 8, dtype=tl.int32)
-        low = ((pairs & 15).to(tl.int32) - zero[:, None]).to(x_MK.dtype.element_ty)
-        high = ((pairs >> 4).to(tl.int32) - zero[:, None]).to(x_MK.dtype.element_ty)
-        k = step * STEP + tl.arange(0, STEP)
-        x = tl.load(x_MK + m[:, None].to(tl.int64) * K + k[None, :], mask=inside_m & (k < K)[None, :], other=0.0)
-        even, odd = tl.split(tl.reshape(x, (BLOCK_M, STEP // 2, 2)))
-        partial = tl.dot(even, tl.trans(low), input_precision="ieee")
-        partial = tl.dot(odd, tl.trans(high), acc=partial, input_precision="ieee")
-        total += partial * scale[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias_N + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out_MN + m[:, None].to(tl.int64) * N + n[None, :],
-        total.to(out_MN.dtype.element_ty),
-        mask=inside_m & inside_n[None, :],
-    )
-
-
-@triton.jit
-def dequantize_kernel(
-    codes_NK, scale_NC, zero_NC, out_NK, N, K, C, GROUP: tl.constexpr, STEP: tl.constexpr, HAS_ZERO: tl.constexpr
-):
-    """STEP values of one row of the weight, in out's dtype."""
-    n = tl.program_id(0)
-    j = tl.program_id(1) * (STEP // 2) + tl.arange(0, STEP // 2)
-    inside = j < K // 2
-    pairs = tl.load(codes_NK + n.to(tl.int64) * (K // 2) + j, mask=inside, other=0)
-    group = tl.zeros_like(j) if GROUP == 0 else 2 * j // GROUP
-    scale = tl.load(scale_NC + n * C + group, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.full((STEP // 2,), 8, dtype=tl.int32)
-    if HAS_ZERO:
-        zero = (tl.load(zero_NC + (n // 8) * C + group, mask=inside, other=0) >> ((n % 8) * 4)) & 15
-    out = out_NK + n.to(tl.int64) * K + 2 * j
-    tl.store(out, (((pairs & 15).to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty), mask=inside)
-    tl.store(out + 1, (((pairs >> 4).to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty), mask=inside)
-
-
-def dequant_matmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x @ W.T + bias for operands that `dequant_matmul` has checked, all on one CUDA device.
-
-    Raises ValueError on a device older than compute capability 8.0.
+    tiles: in order of the activations they are for. mapped: for weights in host memory, whose rows are asked for in
+    whole 128-byte lines. fused_batch: activations up to which dequantising in the kernel costs less than doing it once.
+    programs_per_processor: how many the device should be given, at least, before K is left in one piece.
     """
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < _OLDEST:
-        found = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
-        raise ValueError(f"{x.device} has compute capability {found}; the int4 kernels need 8.0 (Ampere) or newer")
+
+    tiles: tuple[Tile, ...]
+    mapped: Tile
+    fused_batch: int
+    programs_per_processor: int
+
+
+_DECODE, _SMALL, _MAPPED = (
+    Tile(16, 64, 128, 2, 4),
+    Tile(32, 128, 128, 4, 3),
+    Tile(16, 32, 256, 4, 3, scale_weights=True),
+)
+_AMPERE = Tuning((_DECODE, _SMALL, Tile(64, 128, 128, 8, 3)), _MAPPED, fused_batch=64, programs_per_processor=4)
+_HOPPER = Tuning((_DECODE, _SMALL, Tile(64, 128, 64, 4, 3)), _MAPPED, fused_batch=128, programs_per_processor=4)
+TUNINGS = {8: _AMPERE, 9: _HOPPER, 10: _HOPPER, 12: _AMPERE}
+"""By major compute capability. The tiles were chosen by their machine code (`python -m kernels.ahead_of_time`): nothing
+spills, and the decode loop keeps to 4 instructions a weight. `fused_batch` and `programs_per_processor` follow from
+what each path moves and issues, and have not met a GPU yet."""
+
+_LARGEST_SPLIT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How one fused product runs: its tile, and the splits of K with the steps in each."""
+
+    tile: Tile
+    splits: int
+    steps_per_split: int
+
+
+def plan_launch(M: int, weight: PackedWeight, tuning: Tuning, processors: int, mapped: bool) -> Launch:
+    """Choose tile and splits for M activations on a device of that many multiprocessors."""
+    largest = tuning.tiles[-1]
+    tile = tuning.mapped if mapped else next((t for t in tuning.tiles if t.block_m >= M), largest)
+    steps = triton.cdiv(weight.in_features, tile.step(_group(weight)))
+    programs = triton.cdiv(weight.out_features, tile.block_n) * triton.cdiv(M, tile.block_m)
+    wanted = triton.cdiv(tuning.programs_per_processor * processors, max(1, programs))
+    splits = max(1, min(wanted, _LARGEST_SPLIT, steps // 2))
+    steps_per_split = triton.cdiv(steps, splits)
+    return Launch(tile, triton.cdiv(steps, steps_per_split), steps_per_split)
+
+
+def workspace_elements(M: int, weight: PackedWeight, device: torch.device) -> int:
+    """Return how many float32 a product of M activations needs between its two kernels; 0 where it needs none."""
+    tuning, processors = _tuning(device)
+    if tuning.fused_batch < M:
+        return 0
+    launch = plan_launch(M, weight, tuning, processors, _mapped(weight, device))
+    return 0 if launch.splits == 1 else launch.splits * M * weight.out_features
+
+
+def dequant_matmul_triton(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, workspace: Tensor | None = None
+) -> Tensor:
+    """Return x @ W.T + bias for operands that `dequant_matmul` has checked.
+
+    x: on a CUDA device; the weight there or in pinned host memory. workspace: float32 of at least
+    `workspace_elements`, owned by the caller, who runs several products one after the other with it; None allocates.
+    Raises ValueError on a device older than compute capability 8.0, and for more activations than a tile has where the
+    weight lies in host memory: it would cross the bus several times.
+    """
+    tuning, processors = _tuning(x.device)
     rows = x.reshape(-1, weight.in_features).contiguous()
-    if len(rows) > FUSED_BATCH:
-        product = rows @ _dequantize(weight, x.dtype).T
-        y = product if bias is None else (product + bias).to(x.dtype)
-    else:
-        y = _fused(rows, weight, bias)
+    mapped = _mapped(weight, x.device)
+    if mapped and len(rows) > tuning.mapped.block_m:
+        raise ValueError(
+            f"{len(rows)} activations, the weight in host memory: at most {tuning.mapped.block_m}; copy it first"
+        )
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        if len(rows) > tuning.fused_batch:
+            product = rows @ _dequantize(weight, x.dtype).T
+            y = product if bias is None else (product + bias).to(x.dtype)
+        else:
+            y = fused(rows, weight, bias, workspace, plan_launch(len(rows), weight, tuning, processors, mapped))
     return y.view(*x.shape[:-1], weight.out_features)
+
+
+@cache
+def _tuning(device: torch.device) -> tuple[Tuning, int]:
+    """Return what is chosen for a device, and the number of its multiprocessors; the interpreter gets a small one."""
+    if device.type != "cuda":
+        return _AMPERE, 4
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < _OLDEST:
+        raise ValueError(
+            f"{device} has compute capability {major}.{minor}; the int4 kernels need 8.0 (Ampere) or newer"
+        )
+    return TUNINGS.get(major, TUNINGS[max(TUNINGS)]), torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _mapped(weight: PackedWeight, device: torch.device) -> bool:
+    """Whether the weight is read across the bus."""
+    return device.type == "cuda" and not weight.codes.is_cuda
 
 
 def _group(weight: PackedWeight) -> int:
     return 0 if weight.group_size == weight.in_features else weight.group_size
 
 
-def _fused(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    out = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
-    tile = TILES[0] if len(x) <= TILES[0].block_m else TILES[1]
-    grid = (triton.cdiv(weight.out_features, tile.block_n), triton.cdiv(len(x), tile.block_m))
-    matmul_kernel[grid](
+def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tensor | None, launch: Launch) -> Tensor:
+    """Return x @ W.T + bias as `launch` says; x [M, K]. Raises ValueError if the workspace is too small."""
+    M, N, K = len(x), weight.out_features, weight.in_features
+    tile, step = launch.tile, launch.tile.step(_group(weight))
+    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    if M == 0:
+        return out
+    split = launch.splits > 1
+    if split:
+        size = launch.splits * M * N
+        if workspace is None:
+            workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+        elif workspace.numel() < size or workspace.dtype != torch.float32:
+            raise ValueError(f"workspace: expected float32 of {size} elements, found {workspace.numel()}")
+    x_sum = None if weight.zero is None or tile.scale_weights else _sums(x, step)
+    matmul_kernel[triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m), launch.splits](
         x,
+        x_sum,
         weight.codes,
         weight.scale,
         weight.zero,
-        bias,
-        out,
-        len(x),
-        weight.out_features,
-        weight.in_features,
+        None if split else bias,
+        workspace if split else out,
+        M,
+        N,
+        K,
+        K // 2,
         weight.scale.shape[1],
+        launch.steps_per_split,
         GROUP=_group(weight),
-        STEP=tile.step(_group(weight)),
+        STEP=step,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        WHOLE_STEPS=K % step == 0,
+        SCALE_WEIGHTS=tile.scale_weights,
         HAS_ZERO=weight.zero is not None,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias is not None and not split,
+        PTX=not _INTERPRETED,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
     )
+    if split:
+        reduce_kernel[(triton.cdiv(M * N, 1024),)](
+            workspace,
+            bias,
+            out,
+            M * N,
+            N,
+            SPLITS=launch.splits,
+            BLOCK=1024,
+            HAS_BIAS=bias is not None,
+            enable_fp_fusion=True,
+        )
     return out
+
+
+def _sums(x: Tensor, step: int) -> Tensor:
+    """Return the sum of every step of x [M, K], float32 [M, steps]: what a zero point is multiplied by."""
+    whole = x.shape[1] // step * step
+    sums = x[:, :whole].unflatten(1, (-1, step)).sum(-1, dtype=torch.float32)
+    return sums if whole == x.shape[1] else torch.cat((sums, x[:, whole:].sum(-1, True, dtype=torch.float32)), dim=1)
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:

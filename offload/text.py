@@ -68,7 +68,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise InputError(f"{directory}: no tokenizer that transformers can load ({reason})") from None

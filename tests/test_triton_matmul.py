@@ -19,7 +19,16 @@ import kernels.ahead_of_time
 from kernels.ahead_of_time import Compiled, Configuration, compile_one, configurations, main
 from kernels.matmul import dequant_matmul
 from kernels.packed import PackedWeight, dequantize, pack
-from kernels.triton_matmul import FUSED_BATCH, TILES, dequant_matmul_triton, matmul_kernel
+from kernels.triton_kernels import _BF16_LESS_8, _FP16_LESS_8, matmul_kernel
+from kernels.triton_matmul import (
+    TUNINGS,
+    Launch,
+    Tuning,
+    dequant_matmul_triton,
+    fused,
+    plan_launch,
+    workspace_elements,
+)
 
 # a row of N=70 is two tiles; K with and without a last step that is not full; 1088 takes two blocks to dequantise
 SHAPES = [(17, 160, 32), (33, 320, 64), (5, 384, 128), (70, 200, 200), (70, 8, 8), (9, 1088, 64)]
@@ -86,6 +95,42 @@ def interpreted_special_cases() -> None:
     assert torch.equal(found[others], expected[others])
 
 
+def interpreted_launches() -> list[tuple[float, float]]:
+    """Return the errors of every tile, that for weights in host memory too, on one to three splits of K."""
+    torch.manual_seed(0)
+    found = []
+    for K, group_size in ((576, 64), (200, 200), (512, 32)):
+        weight, x, bias = (
+            random_weight(70, K, group_size, True, torch.float16),
+            torch.randn(5, K).half(),
+            torch.randn(70),
+        )
+        exact = x.double() @ dequantize(weight).double().T + bias.double()
+        plain = x @ dequantize(weight).half().T + bias.half()
+        for tile in (*TUNINGS[8].tiles, TUNINGS[8].mapped):
+            steps = -(-K // tile.step(0 if group_size == K else group_size))
+            for splits in range(1, min(3, steps) + 1):
+                ours = fused(x, weight, bias, None, Launch(tile, splits, -(-steps // splits)))
+                found.append((float((ours.double() - exact).norm()), float((plain.double() - exact).norm())))
+    return found
+
+
+def interpreted_workspace() -> None:
+    """Assert that a workspace of the caller's is used, is large enough as announced, and must be."""
+    torch.manual_seed(0)
+    weight, x = random_weight(33, 1024, 64, True, torch.bfloat16), torch.randn(3, 1024)
+    size = workspace_elements(3, weight, torch.device("cpu"))
+    assert size > 3 * 33
+    assert size % (3 * 33) == 0
+    workspace = torch.full((size,), float("nan"))
+    expected = dequant_matmul_triton(x, weight)
+    assert torch.equal(dequant_matmul_triton(x, weight, workspace=workspace), expected)
+    assert torch.isfinite(workspace).all()
+    with pytest.raises(ValueError, match=f"workspace: expected float32 of {size} elements, found {size - 1}"):
+        dequant_matmul_triton(x, weight, workspace=workspace[1:])
+    assert workspace_elements(1000, weight, torch.device("cpu")) == 0
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process that imports triton anew, to interpret."""
@@ -119,8 +164,78 @@ def test_interpreted_special_cases(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(interpreted_special_cases).result(timeout=60)
 
 
-def test_the_batches_tested_reach_every_tile_and_the_way_beyond_them() -> None:
-    assert 5 <= TILES[0].block_m < 17 <= TILES[1].block_m <= FUSED_BATCH < 70
+def test_interpreted_launches_err_at_most_twice_as_much_as_torch(interpreter: ProcessPoolExecutor) -> None:
+    for ours, plain in interpreter.submit(interpreted_launches).result(timeout=120):
+        assert ours <= 2 * plain
+
+
+def test_interpreted_workspace(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_workspace).result(timeout=60)
+
+
+def test_the_batches_tested_reach_every_way() -> None:
+    tuning = TUNINGS[8]
+    assert 5 <= tuning.tiles[0].block_m < 17 <= tuning.tiles[1].block_m <= tuning.fused_batch < 70
+
+
+@pytest.mark.parametrize("tuning", TUNINGS.values())
+@pytest.mark.parametrize(
+    ("N", "K", "group_size"), [(4096, 4096, 128), (1024, 4096, 64), (28672, 8192, 32), (64, 256, 256)]
+)
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 100])
+def test_splits_cover_k_and_fill_the_device(tuning: Tuning, N: int, K: int, group_size: int, M: int) -> None:
+    codes = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
+    weight = PackedWeight(codes, torch.empty(N, K // group_size, dtype=torch.bfloat16, device="meta"), None, group_size)
+    launch = plan_launch(M, weight, tuning, processors=132, mapped=False)
+    steps = -(-K // launch.tile.step(0 if group_size == K else group_size))
+    assert (launch.splits - 1) * launch.steps_per_split < steps <= launch.splits * launch.steps_per_split
+    programs = -(-N // launch.tile.block_n) * -(-M // launch.tile.block_m) * launch.splits
+    assert programs >= 132 or launch.steps_per_split <= 4 or launch.splits >= 11
+    assert launch.tile.block_m >= M or launch.tile is tuning.tiles[-1]
+
+
+def run_ptx(text: str, byte_quadruple: int) -> list[int]:
+    """Run the instructions that our inline assembly has on a register of four bytes; return what is in $0 to $3."""
+    registers: dict[str, int] = {"$4": byte_quadruple}
+
+    def value(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    def halves(kind: torch.dtype, operand: str) -> Tensor:
+        return torch.tensor([value(operand)], dtype=torch.int64).to(torch.uint32).view(kind)
+
+    for line in text.strip("{} \n").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        if not operation or operation == ".reg":
+            continue
+        target, *operands = [part.strip() for part in rest.split(",")]
+        kind = torch.float16 if operation.endswith(".f16x2") else torch.bfloat16
+        if operation == "mov.b32":
+            registers[target] = value(operands[0])
+        elif operation == "shr.u32":
+            registers[target] = value(operands[0]) >> value(operands[1])
+        elif operation == "prmt.b32":
+            pool = value(operands[0]).to_bytes(4, "little") + value(operands[1]).to_bytes(4, "little")
+            chosen = [pool[value(operands[2]) >> 4 * i & 7] for i in range(4)]
+            registers[target] = int.from_bytes(bytes(chosen), "little")
+        elif operation == "lop3.b32":
+            assert value(operands[3]) == 0xEA, "(a & b) | c"
+            registers[target] = value(operands[0]) & value(operands[1]) | value(operands[2])
+        else:
+            a, b = halves(kind, operands[0]).double(), halves(kind, operands[1]).double()
+            result = a - b if operation == "sub.f16x2" else a * b + halves(kind, operands[2]).double()
+            assert operation in ("sub.f16x2", "fma.rn.f16x2", "fma.rn.bf16x2"), operation
+            registers[target] = int(result.to(kind).view(torch.uint32))
+    return [registers[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.parametrize(("text", "kind"), [(_FP16_LESS_8, torch.float16), (_BF16_LESS_8, torch.bfloat16)])
+def test_the_inline_assembly_is_exact_for_every_byte(text: Any, kind: torch.dtype) -> None:
+    for byte in range(256):
+        four = [byte, 255 - byte, byte ^ 0x5A, (byte * 7) % 256]
+        left = run_ptx(text.value, int.from_bytes(bytes(four), "little"))
+        found = torch.tensor(left, dtype=torch.int64).to(torch.uint32).view(kind).tolist()
+        assert found == [(b & 15) - 8 for b in four] + [(b >> 4) - 8 for b in four]
 
 
 @pytest.mark.gpu
@@ -140,6 +255,23 @@ def test_gpu_product_errs_at_most_twice_as_much_as_torch(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("N", "K", "group_size"), [(33, 320, 64), (70, 200, 200), (4096, 2048, 128)])
+def test_gpu_reads_a_weight_in_pinned_memory(N: int, K: int, group_size: int, asymmetric: bool) -> None:
+    there = random_weight(N, K, group_size, asymmetric, torch.bfloat16)
+    zero = None if there.zero is None else there.zero.pin_memory()
+    weight = PackedWeight(there.codes.pin_memory(), there.scale.pin_memory(), zero, group_size)
+    w = dequantize(there)
+    for M in (1, 16):
+        x = torch.randn(M, K, device="cuda").bfloat16()
+        exact, plain = x.cpu().double() @ w.double().T, x.cpu() @ w.bfloat16().T
+        ours = dequant_matmul(x, weight).cpu()
+        assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+    with pytest.raises(ValueError, match="17 activations, the weight in host memory: at most 16; copy it first"):
+        dequant_matmul(torch.zeros(17, K, device="cuda").bfloat16(), weight)
+
+
+@pytest.mark.gpu
 def test_gpu_and_cpu_operands_do_not_mix() -> None:
     weight = random_weight(33, 192, 64, True, torch.bfloat16)
     with pytest.raises(ValueError, match="x is on cuda:0, the weight on cpu"):
@@ -152,12 +284,14 @@ def by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Config
     if type(matmul_kernel).__name__ == "InterpretedFunction":
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return {configuration.name: configuration for configuration in configurations()}
+    return {configuration.name: configuration for configuration in configurations(80)}
 
 
 def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dict[str, Configuration]) -> None:
-    names = ["dequantize", *(f"matmul {tile.block_m}x{tile.block_n}" for tile in TILES)]
-    assert set(by_name) == {
+    tuning = TUNINGS[8]
+    tiles = [("matmul", tile) for tile in tuning.tiles] + [("mapped", tuning.mapped)]
+    names = ["dequantize", *(f"{kind} {tile.block_m}x{tile.block_n}x{tile.largest_step}" for kind, tile in tiles)]
+    assert set(by_name) == {"reduce, fp16", "reduce, bf16"} | {
         f"{kernel}, {dtype}, group {group}, {zero}"
         for kernel in names
         for dtype in ("fp16", "bf16")
@@ -167,22 +301,24 @@ def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dic
 
 
 def test_a_fused_kernel_compiles_to_tensor_cores_and_spills_nothing(by_name: dict[str, Configuration]) -> None:
-    compiled = compile_one(by_name["matmul 16x64, fp16, group 64, zero"], 80)
-    assert (compiled.name, compiled.capability) == ("matmul 16x64, fp16, group 64, zero", 80)
+    compiled = compile_one(by_name["matmul 16x64x128, fp16, group 64, zero"], 80)
+    assert (compiled.name, compiled.capability) == ("matmul 16x64x128, fp16, group 64, zero", 80)
     assert compiled.spilled_bytes == 0
     assert compiled.tensor_core_instructions > 0
     assert 0 < compiled.registers <= 255
     assert compiled.shared_bytes > 0
-    assert compiled.failures(fused=True) == []
+    assert compiled.loop_instructions is not None
+    assert 2 < compiled.loop_instructions <= 4
+    assert compiled.failures(fused=True, gated=True) == []
 
 
 def test_machine_code_that_would_run_badly_is_refused(by_name: dict[str, Configuration]) -> None:
-    one_warp = dataclasses.replace(by_name["matmul 64x64, fp16, group 128, zero"], num_warps=1)
+    one_warp = dataclasses.replace(by_name["matmul 64x128x128, fp16, group 128, zero"], num_warps=1)
     spilling = compile_one(one_warp, 80)
-    assert spilling.failures(fused=True) == [f"{spilling.spilled_bytes} bytes spilled"]
+    assert spilling.failures(fused=True, gated=False) == [f"{spilling.spilled_bytes} bytes spilled"]
     no_product = compile_one(by_name["dequantize, fp16, group 64, zero"], 80)
-    assert no_product.failures(fused=False) == []
-    assert no_product.failures(fused=True) == ["no tensor-core instruction"]
+    assert no_product.failures(fused=False, gated=False) == []
+    assert no_product.failures(fused=True, gated=False) == ["no tensor-core instruction"]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +328,7 @@ def test_machine_code_that_would_run_badly_is_refused(by_name: dict[str, Configu
         ({"spilled_bytes": 8}, ["8 bytes spilled"]),
         ({"tensor_core_instructions": 0}, ["no tensor-core instruction"]),
         ({"shared_bytes": 101377}, ["101377 bytes of shared memory"]),
+        ({"loop_instructions": 4.01}, ["4.01 instructions a weight"]),
         ({"spilled_bytes": 8, "shared_bytes": 1 << 20}, ["8 bytes spilled", "1048576 bytes of shared memory"]),
     ],
 )
@@ -202,12 +339,14 @@ def test_gates_decide_what_the_command_returns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    one = by_name["matmul 16x64, fp16, group 64, zero"]
-    passing = Compiled(one.name, 80, 210, spilled_bytes=0, shared_bytes=99 << 10, tensor_core_instructions=8)
+    one = by_name["matmul 16x64x128, fp16, group 64, zero"]
+    passing = Compiled(
+        one.name, 80, 210, spilled_bytes=0, shared_bytes=99 << 10, tensor_core_instructions=8, loop_instructions=4.0
+    )
     result = dataclasses.replace(passing, **changed)
-    assert result.failures(fused=True) == failures
+    assert result.failures(fused=True, gated=True) == failures
 
-    monkeypatch.setattr(kernels.ahead_of_time, "configurations", lambda: [one])
+    monkeypatch.setattr(kernels.ahead_of_time, "configurations", lambda _: [one])
     monkeypatch.setattr(
         kernels.ahead_of_time, "compile_one", lambda _, capability: dataclasses.replace(result, capability=capability)
     )

@@ -1,0 +1,44 @@
+"""The product as an operator of torch: what it says of itself, and torch.compile passing through it."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.matmul import Mode, dequant_matmul
+from kernels.packed import PackedWeight, pack
+from offload.linear import PackedLinear
+
+
+def random_weight(asymmetric: bool) -> PackedWeight:
+    zero = torch.randint(0, 16, (33, 3)) if asymmetric else None
+    return pack(torch.randint(0, 16, (33, 192)), torch.rand(33, 3).add(0.1).bfloat16(), zero, 64)
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_keeps_its_word(mode: Mode, asymmetric: bool, dtype: torch.dtype) -> None:
+    weight, x, bias = random_weight(asymmetric), torch.randn(2, 5, 192).to(dtype), torch.randn(33)
+    operands = (x, weight.codes, weight.scale, weight.zero, bias, 64, mode)
+    torch.library.opcheck(torch.ops.int4_offload.dequant_matmul.default, operands)
+    found = torch.ops.int4_offload.dequant_matmul(*operands)
+    assert torch.equal(found, dequant_matmul(x, weight, bias, mode))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_compile_passes_through_without_a_break() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = PackedLinear(192, 33, False, torch.float32, "fast")
+            self.linear.packed = random_weight(True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.sin()).relu() + 1
+
+    block = Block()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 192)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), block(x))
