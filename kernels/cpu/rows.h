@@ -114,7 +114,7 @@ inline void tile(const int4::Weight& w, const int4::Activations& x, const float*
         Scales scales[R];
         for (int r = 0; r < R; ++r) {
             const uint8_t* p = w.codes + (row + r) * w.row_bytes() + s * 64;
-            if (T == 1) prefetch(p);
+            if (T <= 2) prefetch(p);
             codes[r] = s < whole ? load(p) : load_tail(p, tail_bytes);
             scales[r] = spread<G>(scale + r * stride + (G ? s * (int4::kStep / (G ? G : 1)) : 0));
         }
@@ -136,10 +136,10 @@ inline void row_block(const int4::Weight& w, const int4::Activations& x, int64_t
                       float* out, int64_t row, float* scratch, int64_t stride) {
     float *scale = scratch, *scale_zero = scratch + R * stride;
     for (int r = 0; r < R; ++r) row_scales(w, row + r, scale + r * stride, scale_zero + r * stride);
-    if (m_end - m == kTileBatch)
+    for (; m + kTileBatch <= m_end; m += kTileBatch)
         tile<G, R, kTileBatch>(w, x, scale, scale_zero, stride, bias, out, row, m);
-    else
-        for (; m < m_end; ++m) tile<G, R, 1>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    for (; m + 2 <= m_end; m += 2) tile<G, R, 2>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    for (; m < m_end; ++m) tile<G, R, 1>(w, x, scale, scale_zero, stride, bias, out, row, m);
 }
 
 template <int G>
