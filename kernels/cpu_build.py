@@ -1,6 +1,7 @@
-"""Compile the CPU kernels once, into a per-user cache, with whatever C++ compiler the machine has.
+"""The compiled CPU kernels: those a wheel carries, else compiled once into a per-user cache by the machine's compiler.
 
-The library is named after a hash of its sources, its flags and the compiler, so a new version never meets an old one.
+A library is named after a hash of its sources and flags, in the cache also of its compiler, so a new version never
+meets an old one.
 """
 
 import ctypes
@@ -13,6 +14,9 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Where a wheel has the library that its build compiled."""
 
 _SOURCES = Path(__file__).parent / "cpu"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
@@ -28,21 +32,9 @@ class BuildError(Exception):
 
 
 def load_library() -> ctypes.CDLL:
-    """Return the compiled kernels, building them if this machine has not yet. Raises BuildError."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler (c++, g++ or clang++) on the PATH")
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int4-offload" / "kernels"
-    library = directory / f"int4-{_fingerprint(compiler)}.so"
-    if not library.exists():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with (directory / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not library.exists():
-                    _build(compiler, library)
-        except OSError as error:
-            raise BuildError(f"{directory}: {error.strerror}") from None
+    """Return the compiled kernels, building them if nobody has yet. Raises BuildError."""
+    prebuilt = PREBUILT / library_name()
+    library = prebuilt if prebuilt.exists() else _built_here()
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -50,25 +42,14 @@ def load_library() -> ctypes.CDLL:
         raise BuildError(f"cannot load {error}; {advice}") from None
 
 
-def find_compiler() -> str | None:
-    """Return the path of a C++ compiler, None if there is none."""
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+def build(library: Path, link_flags: tuple[str, ...] = ()) -> None:
+    """Compile every source with its own flags and link them; the library appears under its name complete.
 
-
-def _files() -> dict[str, tuple[str, ...]]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return _FLAGS_BY_FILE | (_X86_FLAGS_BY_FILE if x86 else {})
-
-
-def _fingerprint(compiler: str) -> str:
-    digest = hashlib.sha256(repr((compiler, os.stat(compiler).st_mtime_ns, _FLAGS, _files())).encode())
-    for path in sorted(_SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _build(compiler: str, library: Path) -> None:
-    """Compile every source with its own flags and link them; the library appears under its name complete."""
+    library: path of the shared object, in a directory that exists. Raises BuildError.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler (c++, g++ or clang++) on the PATH")
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = {name: Path(scratch) / f"{name}.o" for name in _files()}
 
@@ -79,8 +60,47 @@ def _build(compiler: str, library: Path) -> None:
         with ThreadPoolExecutor() as pool:
             list(pool.map(compile_one, objects))
         linked = Path(scratch) / library.name
-        _run([compiler, "-shared", "-pthread", "-o", str(linked), *map(str, objects.values())])
+        _run([compiler, "-shared", "-pthread", *link_flags, "-o", str(linked), *map(str, objects.values())])
         linked.rename(library)
+
+
+def library_name(compiler: str | None = None) -> str:
+    """Return the file name of the library that these sources and flags make, with that compiler if one is named."""
+    by = () if compiler is None else (compiler, os.stat(compiler).st_mtime_ns)
+    digest = hashlib.sha256(repr((by, _FLAGS, _files())).encode())
+    for path in sorted(_SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"int4-{digest.hexdigest()[:16]}.so"
+
+
+def _built_here() -> Path:
+    """Return the library in the per-user cache; one process builds it, others wait."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler (c++, g++ or clang++) on the PATH")
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "int4-offload" / "kernels"
+    library = directory / library_name(compiler)
+    if library.exists():
+        return library
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                build(library)
+    except OSError as error:
+        raise BuildError(f"{directory}: {error.strerror}") from None
+    return library
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C++ compiler, None if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def _files() -> dict[str, tuple[str, ...]]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return _FLAGS_BY_FILE | (_X86_FLAGS_BY_FILE if x86 else {})
 
 
 def _run(command: list[str]) -> None:

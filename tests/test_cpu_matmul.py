@@ -364,13 +364,13 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 def test_built_once_even_by_two_at_a_time(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, built = kernels.cpu_build._build, []
+    build, built = kernels.cpu_build.build, []
 
-    def counted(compiler: str, library: Path) -> None:
+    def counted(library: Path) -> None:
         built.append(library)
-        build(compiler, library)
+        build(library)
 
-    monkeypatch.setattr(kernels.cpu_build, "_build", counted)
+    monkeypatch.setattr(kernels.cpu_build, "build", counted)
     with ThreadPoolExecutor(2) as pool:
         libraries = list(pool.map(lambda _: load_library(), range(2)))
     libraries.append(load_library())
@@ -385,7 +385,7 @@ def test_a_changed_source_or_flag_is_another_library(
 ) -> None:
     asked: list[str] = []
 
-    def stop(compiler: str, library: Path) -> None:
+    def stop(library: Path) -> None:
         asked.append(library.name)
         raise BuildError("far enough")
 
@@ -393,7 +393,7 @@ def test_a_changed_source_or_flag_is_another_library(
         with pytest.raises(BuildError, match="far enough"):
             load_library()
 
-    monkeypatch.setattr(kernels.cpu_build, "_build", stop)
+    monkeypatch.setattr(kernels.cpu_build, "build", stop)
     ask()
     sources = shutil.copytree(kernels.cpu_build._SOURCES, tmp_path / "sources")
     monkeypatch.setattr(kernels.cpu_build, "_SOURCES", sources)
@@ -446,10 +446,10 @@ def test_a_cache_that_cannot_be_written_is_named(
 def test_a_library_that_cannot_be_loaded_is_named(
     fresh_cache: Path, broken_compiler: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def cut_short(compiler: str, library: Path) -> None:
+    def cut_short(library: Path) -> None:
         library.write_bytes(b"\x7fELF")
 
-    monkeypatch.setattr(kernels.cpu_build, "_build", cut_short)
+    monkeypatch.setattr(kernels.cpu_build, "build", cut_short)
     with pytest.raises(BuildError, match=r"^cannot load .*int4-[0-9a-f]{16}\.so: .*; delete it"):
         load_library()
     assert cpu_matmul._library.__wrapped__() is None
