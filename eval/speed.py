@@ -3,7 +3,10 @@
 import argparse
 import json
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from eval.results import RESULTS, append, circumstances, command_line
@@ -23,12 +26,19 @@ def _command(argv: list[str]) -> None:
     for case in cases:
         if case.k % case.group_size:
             raise UsageError(f"--group-size {case.group_size}: does not divide K={case.k}")
-    measurements = list(measure(cases, options.rounds))
-    rows = [circumstances(command_line("eval.speed", argv)) | measurement.row() for measurement in measurements]
+    with _busy(options.busy):
+        measurements = list(measure(cases, options.rounds))
+    around = circumstances(command_line("eval.speed", argv)) | {"busy": options.busy}
+    rows = [around | measurement.row() for measurement in measurements]
     print(json.dumps(rows) if options.json else _table(measurements))
     if options.record:
         append(options.results, rows)
         say(f"{len(rows)} rows appended to {options.results}")
+    if options.picture is not None:
+        from eval.picture import draw_speedups
+
+        draw_speedups(measurements, options.picture)
+        say(f"drawn in {options.picture}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,10 +49,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", default="1,4,16,32,64,128,512,2048", help="activations M, separated by commas")
     add("--group-size", type=int, choices=[32, 64, 128], default=128, help="weights that share a scale")
     add("--rounds", type=int, default=15, help="samples of each contender")
+    add("--busy", type=int, default=0, metavar="N", help="processes that keep a core busy meanwhile")
+    add("--picture", type=Path, metavar="FILE", help="draw the speed-up over the batch")
     add("--record", action="store_true", help="append the rows to the results file")
     add("--results", type=Path, default=RESULTS / "kernels.csv", help="results file")
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+@contextmanager
+def _busy(count: int) -> Iterator[None]:
+    """Keep `count` other processes computing while the context lasts."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ _SAMPLE_SECONDS = 0.02
 _MEMORY_BOUND_BATCH = 8
 _SMALLEST_POOL_BYTES = 256 << 20
 _LARGEST_POOL_BYTES = 1 << 30
+_MOST_COPIES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,8 @@ def _codes(pairs: Tensor) -> Tensor:
 
 
 def _copies(tensor: Tensor, pool_bytes: int) -> list[Tensor]:
-    return [tensor, *(tensor.clone() for _ in range(max(1, pool_bytes // tensor.nbytes)))]
+    count = min(max(1, pool_bytes // tensor.nbytes), _MOST_COPIES)
+    return [tensor, *(tensor.clone() for _ in range(count))]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
