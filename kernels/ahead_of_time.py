@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kernels.triton_kernels import dequantize_kernel, matmul_kernel, reduce_kern
 from kernels.triton_matmul import TUNINGS, Tile
 
 _CAPABILITIES = (80, 90, 100)
+_BITS_AND_GROUPS = ((4, 0), (4, 32), (4, 64), (4, 128), (8, 0), (8, 128))
 _SHARED_LIMIT_BYTES = 99 << 10
 _MULTIPLES_OF_16 = ("N", "K", "row_bytes")
 _LOOP_INSTRUCTIONS_LIMIT = 4.0
@@ -38,7 +40,8 @@ class Configuration:
     """A kernel as it is launched: its name, the types of its arguments, its compile-time values and its warps.
 
     loop_weights: weights that one turn of its loop multiplies, None where instructions are not counted against them.
-    gated: whether the count has a limit, which decoding has; where groups are of 32, a step is too short to keep it.
+    gated: whether the count has a limit, which decoding 4 bits has; where groups are of 32, a step is too short to keep
+    it.
     """
 
     name: str
@@ -81,29 +84,29 @@ class Compiled:
 
 
 def configurations(capability: int) -> Iterator[Configuration]:
-    """Yield every configuration that kernels.triton_matmul launches there, at 16 bits and in whole steps."""
+    """Yield every configuration that kernels.triton_matmul launches there, at 16 bits and in whole steps.
+
+    Codes of 8 bits, which are not gated, are there in their longest groups and whole rows alone.
+    """
     tuning = TUNINGS[capability // 10]
     for dtype in ("fp16", "bf16"):
-        for group in (0, 32, 64, 128):
-            for has_zero in (False, True):
-                zero = {"zero_NC": "*i32"} if has_zero else {}
-                pointers = {"codes_NK": "*u8", "scale_NC": f"*{dtype}", **zero}
-                constants: dict[str, Any] = {"GROUP": group, "HAS_ZERO": has_zero}
-                constants |= {} if has_zero else {"zero_NC": None}
-                label = f"{dtype}, group {group or 'row'}, {'zero' if has_zero else 'symmetric'}"
-                for tile in (*tuning.tiles, tuning.mapped):
-                    yield _fused(tile, label, dtype, pointers, constants)
-                arguments = {**pointers, "out_NK": f"*{dtype}"}
-                yield _configuration(
-                    f"dequantize, {label}", dequantize_kernel, arguments, constants | {"STEP": 1024}, 4, 1
-                )
+        for (bits, group), has_zero in product(_BITS_AND_GROUPS, (False, True)):
+            zero = {"zero_NC": "*i32"} if has_zero else {}
+            pointers = {"codes_NK": "*u8", "scale_NC": f"*{dtype}", **zero}
+            constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "HAS_ZERO": has_zero}
+            constants |= {} if has_zero else {"zero_NC": None}
+            label = f"int{bits}, {dtype}, group {group or 'row'}, {'zero' if has_zero else 'symmetric'}"
+            for tile in (*tuning.tiles, tuning.mapped):
+                yield _fused(tile, label, dtype, pointers, constants)
+            arguments = {**pointers, "out_NK": f"*{dtype}"}
+            yield _configuration(f"dequantize, {label}", dequantize_kernel, arguments, constants | {"STEP": 1024}, 4, 1)
         splits = {"SPLITS": 16, "BLOCK": 1024, "HAS_BIAS": True}
         arguments = {"partial_SMN": "*fp32", "bias_N": f"*{dtype}", "out_MN": f"*{dtype}"}
         yield _configuration(f"reduce, {dtype}", reduce_kernel, arguments, splits, 4, 1)
 
 
 def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constants: dict[str, Any]) -> Configuration:
-    step = tile.step(constants["GROUP"])
+    step = tile.step(constants["GROUP"], constants["BITS"])
     constants = constants | {
         "STEP": step,
         "BLOCK_M": tile.block_m,
@@ -129,7 +132,9 @@ def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constan
     )
     # what crosses the bus is bound by it
     return replace(
-        made, loop_weights=None if tile.scale_weights else tile.block_n * step, gated=tile.block_m == 16 and step >= 64
+        made,
+        loop_weights=None if tile.scale_weights else tile.block_n * step,
+        gated=constants["BITS"] == 4 and tile.block_m == 16 and step >= 64,
     )
 
 

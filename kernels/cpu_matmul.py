@@ -1,4 +1,4 @@
-"""The int4 product on the CPU: our compiled kernel, else torch's own int4 operation, else dequantise and multiply.
+"""The product on the CPU: our compiled kernel, else torch's own int4 operation, else dequantise and multiply.
 
 Which of them runs is decided once, at the first call, and logged with its reason when it is not the first choice.
 """
@@ -29,7 +29,8 @@ def dequant_matmul_cpu(
 ) -> Tensor:
     """Return x @ W.T + bias for operands that `dequant_matmul` has checked.
 
-    "fast" rounds activations to int8, 128 of a row under one scale, and is exact otherwise; "exact" keeps them float32.
+    "fast" rounds activations to int8, 32 of a row under one scale (128 where they are tiled), and is exact otherwise;
+    "exact" keeps them float32.
     level: an index of LEVELS not above this machine's, for tests. Row m of the result depends on row m of x alone, and
     on neither the batch nor the number of threads, with two exceptions in the last bits: an exact product of more than
     8 activations, which torch multiplies, and with AMX whether the batch has 6 activations, from where on it is tiled.
@@ -76,7 +77,7 @@ def _library() -> ctypes.CDLL | None:
         _log.warning("int4 products run through torch, several times slower: %s", error)
         return None
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    weight: list[Any] = [integer, integer, pointer, pointer, integer, pointer, long, long, long]
+    weight: list[Any] = [integer, integer, pointer, pointer, integer, pointer, long, long, long, integer]
     library.int4_workspace_bytes.argtypes = [long, long, long]
     library.int4_workspace_bytes.restype = long
     library.int4_fast.argtypes = [*weight, pointer, long, pointer, pointer, pointer]
@@ -108,6 +109,7 @@ def _operands(weight: PackedWeight, level: int) -> tuple[int | None, ...]:
         weight.out_features,
         weight.in_features,
         weight.group_size,
+        weight.bits,
     )
 
 
@@ -148,10 +150,13 @@ def _builtin(x: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply through torch's `_weight_int4pack_mm_for_cpu`, which wants bf16 and a layout of its own.
 
     It cannot be given that layout once and for all, since streamed weights share their memory, so it is only used where
-    it takes the shape; otherwise the weight is dequantised.
+    it takes the shape; otherwise, and for 8 bits, the weight is dequantised.
     """
     fits = (
-        weight.group_size in _BUILTIN_GROUPS and weight.out_features % 64 == 0 and weight.scale.dtype == torch.bfloat16
+        weight.bits == 4
+        and weight.group_size in _BUILTIN_GROUPS
+        and weight.out_features % 64 == 0
+        and weight.scale.dtype == torch.bfloat16
     )
     if not fits:
         return x.float() @ dequantize(weight).T

@@ -4,7 +4,7 @@ The product is also an operator of torch, `torch.ops.int4_offload.dequant_matmul
 direct call does not go through torch's dispatcher, whose cost is that of a small product.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dequant_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, mode: Mode = "fast") -> Tensor:
-    """Multiply activations by an int4 weight without materialising it: x @ W.T + bias.
+    """Multiply activations by a packed weight without materialising it: x @ W.T + bias.
 
     x: [..., K] float32, bfloat16 or float16, on the weight's device; or on a CUDA device, the weight in pinned host
     memory, where it is read across the bus. bias: [N] on x's device, or None.
@@ -39,7 +39,7 @@ def dequant_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, 
         )
     if torch.compiler.is_compiling():
         product: Tensor = torch.ops.int4_offload.dequant_matmul(
-            x, weight.codes, weight.scale, weight.zero, bias, weight.group_size, mode
+            x, weight.codes, weight.scale, weight.zero, bias, weight.group_size, weight.bits, mode
         )
         return product
     return _product(x, weight, bias, mode)
@@ -56,22 +56,27 @@ def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, mode: Mode) -
 
 
 def _operator(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int, mode: Mode
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    bits: int,
+    mode: Mode,
 ) -> Tensor:
-    return _product(x, PackedWeight(codes, scale, zero, group_size), bias, mode)
+    return _product(x, PackedWeight(codes, scale, zero, group_size, bits), bias, mode)
 
 
-def _fake(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int, mode: Mode
-) -> Tensor:
+def _fake(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
     """Say what comes out, of which shape, dtype and device, without computing it."""
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 _LIBRARY = torch.library.Library("int4_offload", "FRAGMENT")
 _LIBRARY.define(
-    "dequant_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int group_size, str mode)"
-    " -> Tensor"
+    "dequant_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int group_size, int bits,"
+    " str mode) -> Tensor"
 )
 _LIBRARY.impl("dequant_matmul", _operator, "CompositeExplicitAutograd")
 torch.library.register_fake("int4_offload::dequant_matmul", _fake, lib=_LIBRARY)

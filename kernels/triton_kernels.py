@@ -1,9 +1,10 @@
-"""The Triton kernels of the int4 product: what a program computes. How they are launched: kernels/triton_matmul.py.
+"""The Triton kernels of the product: what a program computes. How they are launched: kernels/triton_matmul.py.
 
 Every packed byte is loaded once; its two nibbles meet the even and the odd activations in two dots, so nothing is
 interleaved. A nibble is not converted to a float, which would take most instructions of the loop, but put into the
-mantissa of 1024 (128 in bfloat16), and a subtraction takes that out again, exactly. The scale of a group multiplies the
-group's partial sum in float32, less what the sum of its activations times its zero point comes to.
+mantissa of 1024 (128 in bfloat16), and a subtraction takes that out again, exactly. A code of 8 bits has a byte of its
+own, and the activations as they lie. The scale of a group multiplies the group's partial sum in float32, less what the
+sum of its activations times its zero point comes to.
 
 Letters: M activations, N outputs, K inputs, C groups in a row, S splits or steps of K.
 """
@@ -65,9 +66,42 @@ def _less_8(pairs, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _zero_less_8(words, n):
-    """Return the zero points of rows n less 8, float32, out of the words of eight rows that `words` points to."""
-    return (((tl.load(words) >> ((n % 8) * 4).to(tl.int32)) & 15) - 8).to(tl.float32)
+def _less_128(codes, dtype: tl.constexpr):
+    """Return codes of 8 bits, each less 128, in dtype, which holds them exactly."""
+    return (codes.to(tl.int32) - 128).to(dtype)
+
+
+@triton.jit
+def _zero(words, n, BITS: tl.constexpr):
+    """Return the zero points of rows n, int32, out of the words that they are in."""
+    return (words >> ((n % (32 // BITS)) * BITS).to(tl.int32)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _scaled(codes, offset, scale):
+    """Return (codes - offset) * scale, in the codes' dtype."""
+    return ((codes.to(tl.float32) - offset) * scale).to(codes.dtype)
+
+
+@triton.jit
+def _add_product(total, x, packed, offset, scale, BITS: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, PTX: tl.constexpr):
+    """Return total + x @ codes.T for the activations and packed codes of a step, the codes less the middle of theirs.
+
+    With SCALE_WEIGHTS they are scaled before that; else offset and scale are not used.
+    """
+    if BITS == 4:
+        even_codes, odd_codes = _less_8(packed, x.dtype, PTX)
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        if SCALE_WEIGHTS:
+            even_codes, odd_codes = _scaled(even_codes, offset, scale), _scaled(odd_codes, offset, scale)
+        total = tl.dot(even, tl.trans(even_codes), acc=total, input_precision="ieee")
+        total = tl.dot(odd, tl.trans(odd_codes), acc=total, input_precision="ieee")
+    else:
+        codes = _less_128(packed, x.dtype)
+        if SCALE_WEIGHTS:
+            codes = _scaled(codes, offset, scale)
+        total = tl.dot(x, tl.trans(codes), acc=total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -85,6 +119,7 @@ def matmul_kernel(
     row_bytes,
     C,
     steps_per_split,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -104,7 +139,9 @@ def matmul_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows past the end read the last one, which keeps masks out of the loop, and are not stored
     from_m, from_n = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, N - 1).to(tl.int64)
-    byte, code = tl.arange(0, STEP // 2), tl.arange(0, STEP)
+    step_bytes: tl.constexpr = STEP * BITS // 8
+    middle: tl.constexpr = 1 << (BITS - 1)
+    byte, code = tl.arange(0, step_bytes), tl.arange(0, STEP)
     codes_rows = codes_NK + from_n[:, None] * row_bytes + byte[None, :]
     x_rows = x_MK + from_m[:, None] * K + code[None, :]
     first = split * steps_per_split
@@ -112,32 +149,29 @@ def matmul_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
         if WHOLE_STEPS:
-            pairs = tl.load(codes_rows + step * (STEP // 2))
+            packed = tl.load(codes_rows + step * step_bytes)
             x = tl.load(x_rows + step * STEP)
         else:
-            pairs = tl.load(
-                codes_rows + step * (STEP // 2), mask=(step * (STEP // 2) + byte < row_bytes)[None, :], other=0
+            packed = tl.load(
+                codes_rows + step * step_bytes, mask=(step * step_bytes + byte < row_bytes)[None, :], other=0
             )
             x = tl.load(x_rows + step * STEP, mask=(step * STEP + code < K)[None, :], other=0.0)
-        even_codes, odd_codes = _less_8(pairs, x_MK.dtype.element_ty, PTX)
-        even, odd = tl.split(tl.reshape(x, (BLOCK_M, STEP // 2, 2)))
         if SCALE_WEIGHTS:
-            group = (0 * byte if GROUP == 0 else tl.minimum((step * STEP + 2 * byte) // GROUP, C - 1))[None, :]
+            group = (0 * byte if GROUP == 0 else tl.minimum((step * STEP + 8 // BITS * byte) // GROUP, C - 1))[None, :]
             scale = tl.load(scale_NC + from_n[:, None] * C + group).to(tl.float32)
             offset = tl.zeros((BLOCK_N, 1), dtype=tl.float32)
             if HAS_ZERO:
-                offset = _zero_less_8(zero_NC + (from_n // 8)[:, None] * C + group, from_n[:, None])
-            even_codes = ((even_codes.to(tl.float32) - offset) * scale).to(x_MK.dtype.element_ty)
-            odd_codes = ((odd_codes.to(tl.float32) - offset) * scale).to(x_MK.dtype.element_ty)
-            total = tl.dot(even, tl.trans(even_codes), acc=total, input_precision="ieee")
-            total = tl.dot(odd, tl.trans(odd_codes), acc=total, input_precision="ieee")
+                words = tl.load(zero_NC + (from_n // (32 // BITS))[:, None] * C + group)
+                offset = (_zero(words, from_n[:, None], BITS) - middle).to(tl.float32)
+            total = _add_product(total, x, packed, offset, scale, BITS, True, PTX)
         else:
             group = 0 if GROUP == 0 else step * STEP // GROUP
             scale = tl.load(scale_NC + from_n * C + group).to(tl.float32)
-            partial = tl.dot(even, tl.trans(even_codes), input_precision="ieee")
-            partial = tl.dot(odd, tl.trans(odd_codes), acc=partial, input_precision="ieee")
+            partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            partial = _add_product(partial, x, packed, 0, 1, BITS, False, PTX)
             if HAS_ZERO:
-                offset = _zero_less_8(zero_NC + (from_n // 8) * C + group, from_n)
+                words = tl.load(zero_NC + (from_n // (32 // BITS)) * C + group)
+                offset = (_zero(words, from_n, BITS) - middle).to(tl.float32)
                 partial -= tl.load(x_sum_MS + from_m * tl.cdiv(K, STEP) + step)[:, None] * offset[None, :]
             total += partial * scale[None, :]
     if HAS_BIAS:
@@ -166,20 +200,35 @@ def reduce_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    codes_NK, scale_NC, zero_NC, out_NK, N, K, C, GROUP: tl.constexpr, STEP: tl.constexpr, HAS_ZERO: tl.constexpr
+    codes_NK,
+    scale_NC,
+    zero_NC,
+    out_NK,
+    N,
+    K,
+    C,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):
     """STEP values of one row of the weight, in out's dtype."""
     n = tl.program_id(0)
-    j = tl.program_id(1) * (STEP // 2) + tl.arange(0, STEP // 2)
-    inside = j < K // 2
-    pairs = tl.load(codes_NK + n.to(tl.int64) * (K // 2) + j, mask=inside, other=0)
-    group = tl.zeros_like(j) if GROUP == 0 else 2 * j // GROUP
+    step_bytes: tl.constexpr = STEP * BITS // 8
+    row_bytes = K // (8 // BITS)
+    j = tl.program_id(1) * step_bytes + tl.arange(0, step_bytes)
+    inside = j < row_bytes
+    packed = tl.load(codes_NK + n.to(tl.int64) * row_bytes + j, mask=inside, other=0)
+    group = tl.zeros_like(j) if GROUP == 0 else 8 // BITS * j // GROUP
     scale = tl.load(scale_NC + n * C + group, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.full((STEP // 2,), 8, dtype=tl.int32)
+    zero = tl.full((step_bytes,), 1 << (BITS - 1), dtype=tl.int32)
     if HAS_ZERO:
-        zero = (tl.load(zero_NC + (n // 8) * C + group, mask=inside, other=0) >> ((n % 8) * 4)) & 15
-    even = (((pairs & 15).to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty)
-    odd = (((pairs >> 4).to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty)
-    values = tl.interleave(even, odd)
+        zero = _zero(tl.load(zero_NC + (n // (32 // BITS)) * C + group, mask=inside, other=0), n, BITS)
+    if BITS == 4:
+        even = (((packed & 15).to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty)
+        odd = (((packed >> 4).to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty)
+        values = tl.interleave(even, odd)
+    else:
+        values = ((packed.to(tl.int32) - zero) * scale).to(out_NK.dtype.element_ty)
     k = tl.program_id(1) * STEP + tl.arange(0, STEP)
     tl.store(out_NK + n.to(tl.int64) * K + k, values, mask=k < K)

@@ -1,4 +1,4 @@
-"""The int4 product on the GPU: compute capability 8.0 and newer. What a program computes: kernels/triton_kernels.py.
+"""The product on the GPU: compute capability 8.0 and newer. What a program computes: kernels/triton_kernels.py.
 
 Few activations leave too few programs to fill the device; K is then split among several, whose float32 sums another
 kernel adds in a fixed order. Above `Tuning.fused_batch` activations the weight is dequantised once and left to cuBLAS.
@@ -22,7 +22,7 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the fused kernel is launched: activations and outputs of a program, the most codes it takes at a time.
+    """How the fused kernel is launched: activations and outputs of a program, the most codes of 4 bits at a time.
 
     scale_weights: the codes are scaled, not their sums, so that a step may take several groups.
     """
@@ -34,9 +34,10 @@ class Tile:
     num_stages: int
     scale_weights: bool = False
 
-    def step(self, group: int) -> int:
-        """Return the codes of one step where groups are of `group` codes, 0 being the whole row."""
-        return self.largest_step if self.scale_weights else min(group or self.largest_step, self.largest_step)
+    def step(self, group: int, bits: int) -> int:
+        """Return the codes of one step, of as many bytes for all bits; groups are of `group` codes, 0 the whole row."""
+        largest = self.largest_step * 4 // bits
+        return largest if self.scale_weights else min(group or largest, largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def plan_launch(M: int, weight: PackedWeight, tuning: Tuning, processors: int, m
     """Choose tile and splits for M activations on a device of that many multiprocessors."""
     largest = tuning.tiles[-1]
     tile = tuning.mapped if mapped else next((t for t in tuning.tiles if t.block_m >= M), largest)
-    steps = triton.cdiv(weight.in_features, tile.step(_group(weight)))
+    steps = triton.cdiv(weight.in_features, tile.step(_group(weight), weight.bits))
     programs = triton.cdiv(weight.out_features, tile.block_n) * triton.cdiv(M, tile.block_m)
     wanted = triton.cdiv(tuning.programs_per_processor * processors, max(1, programs))
     splits = max(1, min(wanted, _LARGEST_SPLIT, steps // 2))
@@ -132,9 +133,7 @@ def _tuning(device: torch.device) -> tuple[Tuning, int]:
         return _AMPERE, 4
     major, minor = torch.cuda.get_device_capability(device)
     if major < _OLDEST:
-        raise ValueError(
-            f"{device} has compute capability {major}.{minor}; the int4 kernels need 8.0 (Ampere) or newer"
-        )
+        raise ValueError(f"{device} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer")
     return TUNINGS.get(major, TUNINGS[max(TUNINGS)]), torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -150,7 +149,7 @@ def _group(weight: PackedWeight) -> int:
 def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tensor | None, launch: Launch) -> Tensor:
     """Return x @ W.T + bias as `launch` says; x [M, K]. Raises ValueError if the workspace is too small."""
     M, N, K = len(x), weight.out_features, weight.in_features
-    tile, step = launch.tile, launch.tile.step(_group(weight))
+    tile, step = launch.tile, launch.tile.step(_group(weight), weight.bits)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M == 0:
         return out
@@ -173,9 +172,10 @@ def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tenso
         M,
         N,
         K,
-        K // 2,
+        weight.codes.shape[1],
         weight.scale.shape[1],
         launch.steps_per_split,
+        BITS=weight.bits,
         GROUP=_group(weight),
         STEP=step,
         BLOCK_M=tile.block_m,
@@ -222,6 +222,7 @@ def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         weight.out_features,
         weight.in_features,
         weight.scale.shape[1],
+        BITS=weight.bits,
         GROUP=_group(weight),
         STEP=1024,
         HAS_ZERO=weight.zero is not None,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernels.packed import BITS
 from offload.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -65,8 +66,8 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.bits != 4:
-            raise ValueError(f"bits={self.bits}: only 4 is supported")
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits}: expected 4 or 8")
         if self.group_size not in (None, 32, 64, 128):
             raise ValueError(f"group_size={self.group_size}: expected 32, 64, 128 or None for the whole row")
 

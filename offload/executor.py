@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
-from kernels.packed import PackedWeight
+from kernels.packed import PackedWeight, codes_per_word
 from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
 from offload.errors import CheckpointError, UsageError
 from offload.linear import PackedLinear
@@ -201,10 +201,10 @@ class Executor:
             codes = tensors.pop(name + _PACKED).view(torch.uint8)
             scale, zero = tensors.pop(name + _SCALE), tensors.pop(name + _ZERO, None)
             tensors.pop(name + _SHAPE)
-            group_size = self.checkpoint.recipe.group_size or codes.shape[1] * 2
             linear = layer.get_submodule(name)
             assert isinstance(linear, PackedLinear), f"{name} was not replaced"
-            packed.append((linear, PackedWeight(codes, scale, zero, group_size)))
+            group_size = self.checkpoint.recipe.group_size or linear.in_features
+            packed.append((linear, PackedWeight(codes, scale, zero, group_size, linear.bits)))
         for name, tensor in tensors.items():
             owner_name, _, key = name.rpartition(".")
             owner = layer.get_submodule(owner_name)
@@ -219,14 +219,14 @@ class Executor:
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:
     """Put a PackedLinear where the checkpoint holds a packed weight; return their names."""
     names = [name.removesuffix(_PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(_PACKED)]
-    modules = dict(model.named_modules())
+    modules, bits = dict(model.named_modules()), checkpoint.recipe.bits
     for name in names:
         linear = modules.get(name)
         if type(linear) is not nn.Linear:
             raise CheckpointError(
                 f"{checkpoint.directory}: {name!r} is packed, but no linear layer of {type(model).__name__}"
             )
-        packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, model.dtype, mode)
+        packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, model.dtype, bits, mode)
         model.set_submodule(name, packed)
     return names
 
@@ -261,12 +261,12 @@ def _expected_tensors(
     for name in packed:
         linear = model.get_submodule(name)
         rows, inputs = int(linear.out_features), int(linear.in_features)
-        groups = inputs // (checkpoint.recipe.group_size or inputs)
-        expected[name + _PACKED] = ((rows, inputs // 8), (torch.int32,))
+        groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(checkpoint.recipe.bits)
+        expected[name + _PACKED] = ((rows, inputs // per_word), (torch.int32,))
         expected[name + _SCALE] = ((rows, groups), (torch.bfloat16, torch.float16))
         expected[name + _SHAPE] = ((2,), (torch.int64,))
         if not checkpoint.recipe.symmetric:
-            expected[name + _ZERO] = ((-(-rows // 8), groups), (torch.int32,))
+            expected[name + _ZERO] = ((-(-rows // per_word), groups), (torch.int32,))
     return expected
 
 

@@ -62,7 +62,7 @@ def _command(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("offload.generate", "Generate text with an int4 checkpoint, inside a memory budget.")
+    parser = Parser("offload.generate", "Generate text with a quantized checkpoint, inside a memory budget.")
     add = parser.add_argument
     add("-m", "--model", type=Path, default=DEFAULT_OUTPUT, help="checkpoint directory")
     source = parser.add_mutually_exclusive_group()
@@ -192,7 +192,7 @@ def _check_checkpoint(directory: Path) -> None:
 
     if directory.is_dir() and not is_checkpoint(directory):
         raise InputError(
-            f"{directory}: not an int4 checkpoint; `python -m quant.awq --model {directory}` makes one of it"
+            f"{directory}: not a quantized checkpoint; `python -m quant.awq --model {directory}` makes one of it"
         )
 
 

@@ -10,12 +10,14 @@ from kernels.packed import PackedWeight
 class PackedLinear(nn.Module):
     """Stands where an `nn.Linear` was. `packed` is attached while the layer's weights are in memory, None otherwise.
 
-    bias: float [out_features] or None. mode: see `dequant_matmul`.
+    bias: float [out_features] or None. bits: of a weight. mode: see `dequant_matmul`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, mode: Mode) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, bits: int, mode: Mode
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.mode = in_features, out_features, mode
+        self.in_features, self.out_features, self.bits, self.mode = in_features, out_features, bits, mode
         self.packed: PackedWeight | None = None
         empty = torch.empty(out_features, dtype=dtype, device="meta")
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
@@ -28,4 +30,5 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer in a printed model."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits=4, mode={self.mode}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bits={self.bits}, mode={self.mode}"

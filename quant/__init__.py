@@ -1,1 +1,1 @@
-"""Calibration: commands that turn a model into an int4 checkpoint, one layer at a time."""
+"""Calibration: commands that turn a model into a quantized checkpoint, one layer at a time."""

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.packed import CODE_MAX
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, range_parameters
 from quant.layer import LayerInputs, Moments, linears, moments
 from quant.scale_groups import ScaleGroup, find_scale_groups
@@ -45,6 +44,7 @@ class Awq:
 
     name = "awq"
     needs_inputs = True
+    needs_original = False
 
     def __init__(self, settings: AwqSettings) -> None:
         self.settings = settings
@@ -57,19 +57,30 @@ class Awq:
         self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
         """Scale `layer` (float32) in place and return the parameters of its linears and what to report of it."""
-        seen = moments(layer, inputs, linears(layer))
-        report = {}
-        for group in find_scale_groups(layer, inputs, head_dim):
-            if not set(group.linears) <= set(names):
-                continue
-            search = inputs.select(slice(0, self.settings.search_samples))
-            scale, label = search_scale(layer, group, search, seen[group.linears[0]], grid, self.settings)
-            scale = group.apply(layer, scale, grid.scale_dtype)
-            for name in group.linears:
-                seen[name] = _rescaled(seen[name], scale[group.channels])
-            report[f"{group.absorber} -> {', '.join(group.linears)}"] = label
+        seen, report = scale_layer(layer, inputs, names, grid, head_dim, self.settings)
         weights = {name: layer.get_parameter(f"{name}.weight").data for name in names}
         return {name: search_clip(weights[name], seen[name], grid, self.settings) for name in names}, report
+
+
+def scale_layer(
+    layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int, settings: AwqSettings
+) -> tuple[dict[str, Moments], dict[str, str]]:
+    """Scale `layer` (float32) in place, group after group, each by the best scale for linears that `names` holds whole.
+
+    Returns the moments of the inputs of all linears as they are after scaling, and each group's chosen candidate.
+    """
+    seen = moments(layer, inputs, linears(layer))
+    chosen = {}
+    for group in find_scale_groups(layer, inputs, head_dim):
+        if not set(group.linears) <= set(names):
+            continue
+        search = inputs.select(slice(0, settings.search_samples))
+        scale, label = search_scale(layer, group, search, seen[group.linears[0]], grid, settings)
+        scale = group.apply(layer, scale, grid.scale_dtype)
+        for name in group.linears:
+            seen[name] = _rescaled(seen[name], scale[group.channels])
+        chosen[f"{group.absorber} -> {', '.join(group.linears)}"] = label
+    return seen, chosen
 
 
 def search_scale(
@@ -84,7 +95,7 @@ def search_scale(
         columns = scale[group.channels]
         for parameter, original in zip(parameters, originals, strict=True):
             scaled = original * columns
-            parameter.data = fake_quantize(scaled, minmax(scaled, grid)) / columns
+            parameter.data = fake_quantize(scaled, minmax(scaled, grid), grid) / columns
         loss = measure()
         if loss < best_loss:
             best_loss, best_scale, best_label = loss, scale, label
@@ -173,7 +184,7 @@ def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings
     group_size = grid.group(weight.shape[1])
     parameters = minmax(weight, grid)
     scale, zero = parameters.scale.clone(), parameters.zero.clone()
-    difference = fake_quantize(weight, parameters) - weight
+    difference = fake_quantize(weight, parameters, grid) - weight
     pull = difference @ seen.gram
     for index, column in enumerate(range(0, weight.shape[1], group_size)):
         columns = slice(column, column + group_size)
@@ -181,7 +192,7 @@ def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings
         others = pull[:, columns] - difference[:, columns] @ gram
         found = _clip_group(weight[:, columns], gram, others, grid, settings)
         scale[:, index], zero[:, index] = found.scale, found.zero
-        changed = _rounded(weight[:, columns], found) - weight[:, columns]
+        changed = _rounded(weight[:, columns], found, grid) - weight[:, columns]
         pull += (changed - difference[:, columns]) @ seen.gram[columns]
         difference[:, columns] = changed
     return Parameters(scale, zero)
@@ -200,7 +211,7 @@ def _clip_group(weight: Tensor, gram: Tensor, others: Tensor, grid: Grid, settin
 
     def best(low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor, Tensor]:
         found = range_parameters(low * low_factor, high * high_factor, grid)
-        d = _rounded(weight, found) - weight
+        d = _rounded(weight, found, grid) - weight
         choice = ((d @ gram + 2 * others) * d).sum(-1).argmin(0)
         rows = torch.arange(len(weight))
         return low_factor.expand(-1, len(weight))[choice, rows], high_factor.expand(-1, len(weight))[choice, rows]
@@ -213,10 +224,10 @@ def _clip_group(weight: Tensor, gram: Tensor, others: Tensor, grid: Grid, settin
     return range_parameters(low * low_factor, high * high_factor, grid)
 
 
-def _rounded(weight: Tensor, parameters: Parameters) -> Tensor:
+def _rounded(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
     """Round one group [N, G] to the grids of `parameters`, [N] or [candidates, N]."""
     scale, zero = parameters.scale[..., None], parameters.zero[..., None]
-    return ((weight / scale + zero).round_().clamp_(0, CODE_MAX) - zero) * scale
+    return ((weight / scale + zero).round_().clamp_(0, grid.code_max) - zero) * scale
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,24 +9,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.packed import CODE_MAX, SYMMETRIC_ZERO, PackedWeight, check_group_size, pack
+from kernels.packed import BITS, PackedWeight, check_group_size, code_max, pack, symmetric_zero
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The representable weights: 4-bit codes under one scale (and zero point, when asymmetric) a group.
+    """The representable weights: codes of 4 or 8 bits under one scale (and zero point, when asymmetric) a group.
 
     group_size: G in elements, None for the whole row. scale_dtype: bfloat16 or float16, as stored.
+    Raises ValueError for other bits.
     """
 
     group_size: int | None
     symmetric: bool
     scale_dtype: torch.dtype = torch.bfloat16
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits}: expected 4 or 8")
+
+    @property
+    def code_max(self) -> int:
+        """The largest code: 15 or 255."""
+        return code_max(self.bits)
+
+    @property
+    def symmetric_zero(self) -> int:
+        """The zero point of symmetric weights: 8 or 128."""
+        return symmetric_zero(self.bits)
 
     def group(self, in_features: int) -> int:
         """Return G for a weight of K = `in_features`. Raises ValueError if K cannot be cut so."""
         size = in_features if self.group_size is None else self.group_size
-        check_group_size(in_features, size)
+        check_group_size(in_features, size, self.bits)
         return size
 
 
@@ -41,16 +57,16 @@ class Parameters:
 def range_parameters(low: Tensor, high: Tensor, grid: Grid) -> Parameters:
     """Return the parameters whose grid spans [low, high]; both float32 [N, C], low <= 0 <= high.
 
-    Symmetric: s = max(|low|, |high|) / 7.5, so that codes -8..7 are all used (compressed-tensors' convention); with
-    the ends swapped and negated, s is negative.
-    Asymmetric: s = (high - low) / 15, z = round(-low / s).
+    Symmetric: s = max(|low|, |high|) / 7.5 (127.5 for 8 bits), so that codes -8..7 are all used (compressed-tensors'
+    convention); with the ends swapped and negated, s is negative.
+    Asymmetric: s = (high - low) / 15 (255), z = round(-low / s).
     """
     if grid.symmetric:
         sign = torch.where(high < low, -1.0, 1.0)
-        scale = sign * round_scale(torch.maximum(-low * sign, high * sign) / 7.5, grid.scale_dtype)
-        return Parameters(scale, torch.full_like(scale, SYMMETRIC_ZERO))
-    scale = round_scale((high - low) / CODE_MAX, grid.scale_dtype)
-    return Parameters(scale, (-low / scale).round().clamp(0, CODE_MAX))
+        scale = sign * round_scale(torch.maximum(-low * sign, high * sign) / (grid.code_max / 2), grid.scale_dtype)
+        return Parameters(scale, torch.full_like(scale, grid.symmetric_zero))
+    scale = round_scale((high - low) / grid.code_max, grid.scale_dtype)
+    return Parameters(scale, (-low / scale).round().clamp(0, grid.code_max))
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,11 +80,11 @@ def minmax(weight: Tensor, grid: Grid) -> Parameters:
     return range_parameters(grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0), grid)
 
 
-def codes(weight: Tensor, parameters: Parameters) -> Tensor:
-    """Return the nearest codes, float32 integers in 0..15, of a weight [N, K]."""
+def codes(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
+    """Return the nearest codes, float32 integers in 0..2^B - 1, of a weight [N, K]."""
     grouped = weight.unflatten(1, (parameters.scale.shape[1], -1))
     rounded: Tensor = grouped / parameters.scale[..., None] + parameters.zero[..., None]
-    return rounded.round_().clamp_(0, CODE_MAX).flatten(1)
+    return rounded.round_().clamp_(0, grid.code_max).flatten(1)
 
 
 def values(code: Tensor, parameters: Parameters) -> Tensor:
@@ -78,13 +94,14 @@ def values(code: Tensor, parameters: Parameters) -> Tensor:
     return represented.flatten(1)
 
 
-def fake_quantize(weight: Tensor, parameters: Parameters) -> Tensor:
+def fake_quantize(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
     """Return the representable weight nearest to `weight`, float32 [N, K]."""
-    return values(codes(weight, parameters), parameters)
+    return values(codes(weight, parameters, grid), parameters)
 
 
 def pack_weight(weight: Tensor, parameters: Parameters, grid: Grid) -> PackedWeight:
     """Round a float32 weight [N, K] to the grid and pack it."""
     zero = None if grid.symmetric else parameters.zero.to(torch.uint8)
     scale = parameters.scale.to(grid.scale_dtype)
-    return pack(codes(weight, parameters).to(torch.uint8), scale, zero, grid.group(weight.shape[1]))
+    code = codes(weight, parameters, grid).to(torch.uint8)
+    return pack(code, scale, zero, grid.group(weight.shape[1]), grid.bits)

@@ -17,16 +17,24 @@ class LayerInputs:
     """What a decoder layer is called with: hidden states of all samples, and arguments that all samples share.
 
     hidden_STD: float32 [S, T, D]. arguments: keyword arguments of the layer's forward, for a batch of one.
-    batch_samples: how many samples go through at a time.
+    batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any layer is
+    quantized, for methods that ask for it.
     """
 
     hidden_STD: Tensor
     arguments: dict[str, Any]
     batch_samples: int = 4
+    original_STD: Tensor | None = None
 
     def select(self, samples: slice) -> "LayerInputs":
         """Return the same inputs for some of the samples; a view."""
-        return LayerInputs(self.hidden_STD[samples], self.arguments, self.batch_samples)
+        original = None if self.original_STD is None else self.original_STD[samples]
+        return LayerInputs(self.hidden_STD[samples], self.arguments, self.batch_samples, original)
+
+    def original(self) -> "LayerInputs":
+        """Return the unquantized model's inputs; where they are not kept, these."""
+        hidden_STD = self.hidden_STD if self.original_STD is None else self.original_STD
+        return LayerInputs(hidden_STD, self.arguments, self.batch_samples)
 
     def split_held_out(self, share: int) -> tuple["LayerInputs", "LayerInputs"]:
         """Split off the last 1/`share` of the samples, at least one; a single sample is both parts."""
@@ -93,6 +101,34 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
         raise ValueError(f"{', '.join(missing)}: not called by any calibration sample")
     means = {name: Moments(g / counts[name], m / counts[name]) for name, (g, m) in sums.items()}
     return {name: means[shared[name]] for name in names}
+
+
+def inputs_of(layer: nn.Module, inputs: LayerInputs, name: str) -> Iterator[Tensor]:
+    """Yield what the named linear is first called with, float32 [tokens, K], batch after batch; no tokens if it is not.
+
+    The layer runs no further than that linear.
+    """
+    in_features = layer.get_parameter(f"{name}.weight").shape[1]
+
+    def reach(_: str, x: Tensor) -> None:
+        raise _Reached(x)
+
+    with observed_inputs(layer, (name,), reach):
+        for batch_BTD in inputs.hidden_STD.split(inputs.batch_samples):
+            x = batch_BTD.new_zeros(0, in_features)
+            try:
+                layer(batch_BTD, **inputs.arguments)
+            except _Reached as reached:
+                x = reached.x.flatten(0, -2)
+            yield x
+
+
+class _Reached(BaseException):
+    """Leaves a layer's forward with the input that was waited for."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
 
 
 @contextmanager

@@ -33,9 +33,9 @@ def model_card(name: str, output: str, recipe: Recipe, source_bytes: int, checkp
 base_model: {recipe.source or DEFAULT_MODEL_ID}
 library_name: transformers
 pipeline_tag: text-generation
-tags: [int4, {recipe.method}, compressed-tensors]
+tags: [int{recipe.bits}, {recipe.method}, compressed-tensors]
 ---
-# {name}, {recipe.method.upper()} int4
+# {name}, {recipe.method.upper()} int{recipe.bits}
 
 Weights of the decoder layers in {recipe.bits} bits, {kind}, {group}; {seen}, seed {recipe.seed}. Everything else keeps
 the source's dtype. {format_bytes(source_bytes)} became {format_bytes(checkpoint_bytes)}. `manifest.json` holds the

@@ -9,7 +9,7 @@ import fnmatch
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 import offload
-from kernels.packed import GROUP_SIZES, check_group_size
+from kernels.packed import BITS, GROUP_SIZES, codes_per_word
 from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, is_checkpoint, read_json
 from offload.checkpoint_writer import open_writer
 from offload.command import Parser, format_bytes, format_seconds, run, say
@@ -40,8 +40,7 @@ _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 class Plan:
     """What a run will do, known before it does anything.
 
-    quantized, skipped: full names of the linears. group_size: G, None for the whole row.
-    expected_bytes: size of the checkpoint.
+    quantized, skipped: full names of the linears. expected_bytes: size of the checkpoint.
     """
 
     name: str
@@ -50,9 +49,7 @@ class Plan:
     source: SourceWeights
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
-    group_size: int | None
-    symmetric: bool
-    scale_dtype: torch.dtype
+    grid: Grid
     head_dim: int
     hidden_size: int
     vocabulary: int
@@ -60,23 +57,30 @@ class Plan:
     expected_bytes: int
 
 
-def run_method(name: str, make: Callable[[], Method], argv: list[str] | None) -> int:
-    """Run `python -m quant.<name>` with a method made by `make`; returns the exit status."""
+def run_method(
+    name: str,
+    make: Callable[[], Method],
+    argv: list[str] | None,
+    tiers: Mapping[str, Callable[[], Method]] | None = None,
+) -> int:
+    """Run `python -m quant.<name>` with a method made by `make`, or what `--tier` names; returns the exit status."""
 
     def command(arguments: list[str]) -> None:
-        method = make()
-        options = _parser(name, method.needs_inputs).parse_args(arguments)
-        quantize(method, options)
+        parser = _parser(name, make().needs_inputs)
+        if tiers is not None:
+            parser.add_argument("--tier", choices=list(tiers), default=next(iter(tiers)), help="how much work to spend")
+        options = parser.parse_args(arguments)
+        quantize(make() if tiers is None else tiers[options.tier](), options)
 
     return run(command, argv)
 
 
 def _parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
-    parser = Parser(f"quant.{name}", f"Quantize a causal language model to int4 with {name.upper()}, layer by layer.")
+    parser = Parser(f"quant.{name}", f"Quantize a causal language model with {name.upper()}, layer by layer.")
     add = parser.add_argument
     add("-m", "--model", help="directory or hub id; without it the embedded SmolLM2-135M-Instruct")
-    add("-o", "--output", type=Path, help="directory to write; default checkpoints/NAME-METHOD-int4-gGROUP")
-    add("--bits", type=int, default=4, choices=[4], help="bits of a weight")
+    add("-o", "--output", type=Path, help="directory to write; default checkpoints/NAME-METHOD-intBITS-gGROUP")
+    add("--bits", type=int, default=4, choices=BITS, help="bits of a weight")
     add(
         "--group-size",
         choices=["32", "64", "128", "row"],
@@ -108,16 +112,16 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     """Plan, calibrate, write and report. Raises ToolkitError for whatever the user can mend."""
     started = time.monotonic()
     plan = make_plan(options)
-    size = "row" if plan.group_size is None else str(plan.group_size)
-    output: Path = options.output or Path("checkpoints") / f"{plan.name}-{method.name}-int4-g{size}"
+    name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
+    output: Path = options.output or Path("checkpoints") / name
     _check_output(output, plan)
     windows, calibration = _calibration(method, options, plan)
     _print_plan(plan, method, output, windows)
     recipe = Recipe(
         method=method.name,
-        bits=options.bits,
-        group_size=plan.group_size,
-        symmetric=plan.symmetric,
+        bits=plan.grid.bits,
+        group_size=plan.grid.group_size,
+        symmetric=plan.grid.symmetric,
         ignore=plan.skipped,
         source=options.model,
         source_xxh3=plan.source.fingerprint(),
@@ -131,8 +135,9 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         if writer.complete:
             say(f"{output}: already complete")
         else:
-            grid = Grid(plan.group_size, plan.symmetric, plan.scale_dtype)
-            Walk(plan.model, plan.source, writer, method, grid, frozenset(plan.skipped), plan.head_dim).run(windows)
+            Walk(plan.model, plan.source, writer, method, plan.grid, frozenset(plan.skipped), plan.head_dim).run(
+                windows
+            )
             card = model_card(plan.name, output.name, recipe, plan.source.nbytes, plan.expected_bytes)
             writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
     _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
@@ -156,8 +161,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     quantized = {key: linear for key, linear in inside.items() if key not in skipped}
     if not quantized:
         raise UsageError("--skip leaves nothing to quantize")
-    group_size = _choose_group_size(options.group_size, quantized)
+    group_size = _choose_group_size(options, quantized)
     dtypes = {source.locations[f"{key}.weight"].spec.dtype for key in quantized}
+    scale_dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+    grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
     text_config = config.get_text_config(decoder=True)
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return Plan(
@@ -167,29 +174,28 @@ def make_plan(options: argparse.Namespace) -> Plan:
         source=source,
         quantized=tuple(quantized),
         skipped=tuple(outside + skipped),
-        group_size=group_size,
-        symmetric=options.symmetric,
-        scale_dtype=torch.float16 if dtypes == {torch.float16} else torch.bfloat16,
+        grid=grid,
         head_dim=head_dim,
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
-        expected_bytes=_expected_bytes(source, quantized, group_size, options.symmetric),
+        expected_bytes=_expected_bytes(source, quantized, grid),
     )
 
 
-def _choose_group_size(asked: str | None, quantized: dict[str, nn.Linear]) -> int | None:
+def _choose_group_size(options: argparse.Namespace, quantized: dict[str, nn.Linear]) -> int | None:
     """Return G, None for whole rows. Raises UsageError listing what fits if what was asked does not."""
-    fitting = [str(size) for size in GROUP_SIZES if not _unfit(quantized, size)]
-    if not _unfit(quantized, None):
+    asked, bits = options.group_size, options.bits
+    fitting = [str(size) for size in GROUP_SIZES if not _unfit(quantized, size, bits)]
+    if not _unfit(quantized, None, bits):
         fitting.append("row")
     if asked is None and len(fitting) > 1:
         asked = fitting[-2]
         if asked != str(GROUP_SIZES[-1]):
-            name, width = _unfit(quantized, GROUP_SIZES[-1])[0]
+            name, width = _unfit(quantized, GROUP_SIZES[-1], bits)[0]
             say(f"group size {asked}: the largest that fits, as {name} has {width} inputs")
     size = None if asked == "row" else int(asked or GROUP_SIZES[-1])
-    unfit = _unfit(quantized, size)
+    unfit = _unfit(quantized, size, bits)
     if unfit:
         some = ", ".join(f"{name} with {width} inputs" for name, width in unfit[:3])
         fits = f"--group-size {' or '.join(fitting)} fits" if fitting else "no group size fits"
@@ -199,11 +205,11 @@ def _choose_group_size(asked: str | None, quantized: dict[str, nn.Linear]) -> in
     return size
 
 
-def _unfit(quantized: dict[str, nn.Linear], group_size: int | None) -> list[tuple[str, int]]:
-    unfit = []
+def _unfit(quantized: dict[str, nn.Linear], group_size: int | None, bits: int) -> list[tuple[str, int]]:
+    grid, unfit = Grid(group_size, symmetric=True, bits=bits), []
     for name, linear in quantized.items():
         try:
-            check_group_size(linear.in_features, group_size or linear.in_features)
+            grid.group(linear.in_features)
         except ValueError:
             unfit.append((name, linear.in_features))
     return unfit
@@ -237,15 +243,13 @@ def _matching(glob: str, names: list[str]) -> list[str]:
     return matching
 
 
-def _expected_bytes(
-    source: SourceWeights, quantized: dict[str, nn.Linear], group_size: int | None, symmetric: bool
-) -> int:
-    total = source.nbytes
+def _expected_bytes(source: SourceWeights, quantized: dict[str, nn.Linear], grid: Grid) -> int:
+    total, per_word = source.nbytes, codes_per_word(grid.bits)
     for name, linear in quantized.items():
-        groups = linear.in_features // (group_size or linear.in_features)
+        groups = linear.in_features // grid.group(linear.in_features)
         scale_bytes = 2 * linear.out_features * groups
-        zero_bytes = 0 if symmetric else 4 * -(-linear.out_features // 8) * groups
-        packed_bytes = linear.in_features * linear.out_features // 2
+        zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
+        packed_bytes = 4 * linear.out_features * linear.in_features // per_word
         total += packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
     return total
 
@@ -282,11 +286,12 @@ def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tup
 
 def _print_plan(plan: Plan, method: Method, output: Path, windows: Tensor | None) -> None:
     _, layers = decoder_layers(plan.model)
-    kind = "symmetric" if plan.symmetric else "asymmetric"
-    size = "whole rows" if plan.group_size is None else f"groups of {plan.group_size}"
-    loads = "transformers, vLLM" if plan.symmetric else "vLLM; transformers with dequantize=True"
+    grid = plan.grid
+    kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
+    size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
+    loads = "transformers, vLLM" if grid.symmetric else "vLLM; transformers with dequantize=True"
     say(f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}")
-    say(f"method   {method.name}, int4 {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
+    say(f"method   {method.name}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
     if windows is not None:
         hidden_bytes = windows.numel() * plan.hidden_size * 4
         say(
@@ -314,6 +319,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
     result = {
         "output": str(checkpoint.directory),
         "method": checkpoint.recipe.method,
+        "bits": checkpoint.recipe.bits,
         "group_size": checkpoint.recipe.group_size,
         "symmetric": checkpoint.recipe.symmetric,
         "source_bytes": plan.source.nbytes,

@@ -14,6 +14,7 @@ class Rtn:
 
     name = "rtn"
     needs_inputs = False
+    needs_original = False
 
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result: none."""

@@ -85,6 +85,16 @@ def holds(layer: nn.Module, sample: LayerInputs, group: ScaleGroup) -> bool:
     return bool((after - before).abs().max() <= _PROOF_TOLERANCE * (before - sample.hidden_STD).abs().max())
 
 
+def sets_by_input(layer: nn.Module, inputs: LayerInputs, names: list[str]) -> list[tuple[str, ...]]:
+    """Return the named linears in sets that share an input, in order of execution; those not traced last, alone."""
+    readers: dict[int, list[str]] = {}
+    for name, address, _ in _trace(layer, inputs.select(slice(0, 1))):
+        if name in names:
+            readers.setdefault(address, []).append(name)
+    traced = {name for members in readers.values() for name in members}
+    return [*map(tuple, readers.values()), *((name,) for name in names if name not in traced)]
+
+
 def _candidates(layer: nn.Module, sample: LayerInputs, head_dim: int) -> Iterator[list[ScaleGroup]]:
     """Yield, for each set of linears with a common input, the groups that could hold, most likely first."""
     calls = _trace(layer, sample)

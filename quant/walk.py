@@ -25,10 +25,14 @@ _HELD_OUT_SHARE = 8
 
 
 class Method(Protocol):
-    """What the walk asks of a method: a layer in, the parameters of its linears out."""
+    """What the walk asks of a method: a layer in, the parameters of its linears out.
+
+    needs_original: it also wants the inputs that the unquantized model would give the layer.
+    """
 
     name: str
     needs_inputs: bool
+    needs_original: bool
 
     def settings_json(self) -> dict[str, Any]:
         """Return the method's own settings, as plain JSON values, for the recipe."""
@@ -72,9 +76,13 @@ class Walk:
         for index in range(len(layers)):
             if done[index] and all(done):
                 break
-            note = self._layer(index, f"{prefix}.{index}", layers[index], inputs, done[index])
+            layer, name = layers[index], f"{prefix}.{index}"
+            keeps_original = inputs is not None and self.method.needs_original
+            dtypes = self._load(layer, name) if keeps_original or not done[index] else {}
+            original_STD = inputs.at_layer.original().run(layer) if inputs is not None and keeps_original else None
+            note = self._layer(index, name, layer, inputs, None if done[index] else dtypes)
             if inputs is not None and index + 1 < len(layers):
-                inputs = inputs.following(layers[index], index + 1)
+                inputs = inputs.following(layer, index + 1, original_STD)
             release(layers[index])
             progress.advance(note)
         if self.writer.done(len(layers) + 1) is None:
@@ -86,19 +94,32 @@ class Walk:
         final = max(i for i, key in enumerate(order) if key.startswith(f"{prefix}."))
         return name in order and order.index(name) > final
 
-    def _layer(self, index: int, name: str, layer: nn.Module, inputs: "WalkInputs | None", done: bool) -> str:
-        """Leave `layer` in memory as quantized, and on disk; return a note for the progress line."""
-        if done:
+    def _load(self, layer: nn.Module, name: str) -> dict[str, torch.dtype]:
+        """Read the original weights into `layer`, as float32, and return the dtypes of the source."""
+        original = {key: self.source.read(f"{name}.{key}") for key in state_names(layer)}
+        for key, tensor in original.items():
+            assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
+        return {key: tensor.dtype for key, tensor in original.items()}
+
+    def _layer(
+        self,
+        index: int,
+        name: str,
+        layer: nn.Module,
+        inputs: "WalkInputs | None",
+        dtypes: dict[str, torch.dtype] | None,
+    ) -> str:
+        """Leave `layer` in memory as quantized, and on disk; return a note for the progress line.
+
+        dtypes: of the source whose weights are loaded, None for a layer that is done.
+        """
+        if dtypes is None:
             if inputs is not None:
                 record = self.writer.done(index + 1)
                 assert record is not None, "the record was there when the walk began"
                 restore(layer, name, self.writer.directory / record["file"], self.grid)
             return "already done"
-        original = {key: self.source.read(f"{name}.{key}") for key in state_names(layer)}
-        for key, tensor in original.items():
-            assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
         names = [key for key in linears(layer) if f"{name}.{key}" not in self.skip]
-        dtypes = {key: tensor.dtype for key, tensor in original.items()}
         packed, report = self._quantize(layer, name, names, inputs, dtypes)
         tensors = {f"{name}.{key}": tensor.to(dtypes[key]) for key, tensor in layer.state_dict().items()}
         for key, weight in packed.items():
@@ -121,10 +142,10 @@ class Walk:
             return self._pack(layer, found, dtypes), report
         fit, held_out = inputs.at_layer.split_held_out(_HELD_OUT_SHARE)
         before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
-        reference = held_out.run(layer)
+        reference = held_out.original().run(layer)
         for key in names:
             weight = layer.get_parameter(f"{key}.weight")
-            weight.data = fake_quantize(weight.data, minmax(weight.data, self.grid))
+            weight.data = fake_quantize(weight.data, minmax(weight.data, self.grid), self.grid)
         rtn_error = relative_error(held_out, layer, reference)
         for key, tensor in before.items():
             assign(layer, key, tensor.clone())
@@ -167,10 +188,10 @@ class WalkInputs:
     at_layer: LayerInputs
     arguments_by_layer: tuple[dict[str, Any], ...]
 
-    def following(self, layer: nn.Module, index: int) -> "WalkInputs":
-        """Run `layer` and return the inputs of layer `index`, which comes after it."""
-        hidden_STD = self.at_layer.run(layer)
-        return WalkInputs(LayerInputs(hidden_STD, self.arguments_by_layer[index]), self.arguments_by_layer)
+    def following(self, layer: nn.Module, index: int, original_STD: Tensor | None) -> "WalkInputs":
+        """Run `layer` and return the inputs of layer `index`, which comes after it, beside the unquantized model's."""
+        inputs = LayerInputs(self.at_layer.run(layer), self.arguments_by_layer[index], original_STD=original_STD)
+        return WalkInputs(inputs, self.arguments_by_layer)
 
 
 def first_inputs(model: nn.Module, source: SourceWeights, windows: Tensor) -> WalkInputs:
@@ -227,12 +248,15 @@ class _Recorder(nn.Module):
 
 
 def relative_error(inputs: LayerInputs, layer: nn.Module, reference: Tensor) -> float:
-    """Return |layer(x) - reference|^2 / |reference - x|^2: the error, in units of what the layer adds to its input."""
+    """Return |layer(x) - reference|^2 / |reference - x0|^2: the error, in units of what the layer adds to its input.
+
+    x0: the unquantized model's input where that is kept, else x.
+    """
     error = sum(
         float((output - expected).square().sum())
         for output, expected in zip(inputs.outputs(layer), reference.split(inputs.batch_samples), strict=True)
     )
-    return error / float((reference - inputs.hidden_STD).square().sum())
+    return error / float((reference - inputs.original().hidden_STD).square().sum())
 
 
 def stored_tensors(weight: PackedWeight) -> dict[str, Tensor]:
@@ -255,8 +279,9 @@ def restore(layer: nn.Module, name: str, path: Any, grid: Grid) -> None:
         stem = full.removesuffix(".weight")
         codes = shard.read(f"{stem}.weight_packed").view(torch.uint8)
         zero = None if grid.symmetric else shard.read(f"{stem}.weight_zero_point")
-        size = grid.group(codes.shape[1] * 2)
-        assign(layer, key, dequantize(PackedWeight(codes, shard.read(f"{stem}.weight_scale"), zero, size)))
+        size = grid.group(layer.get_parameter(key).shape[1])
+        weight = PackedWeight(codes, shard.read(f"{stem}.weight_scale"), zero, size, grid.bits)
+        assign(layer, key, dequantize(weight))
 
 
 def state_names(layer: nn.Module) -> list[str]:

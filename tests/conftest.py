@@ -90,3 +90,14 @@ def tiny_asymmetric(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
     flags = ["--group-size", "32", "--asymmetric"]
     assert main(["--model", str(tiny_model), "--output", str(directory), *flags]) == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_8_bits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, in 8 bits."""
+    from quant.rtn import main
+
+    directory = tmp_path_factory.mktemp("checkpoints") / "rtn-8-bits"
+    flags = ["--bits", "8", "--group-size", "32", "--asymmetric"]
+    assert main(["--model", str(tiny_model), "--output", str(directory), *flags]) == 0
+    return directory

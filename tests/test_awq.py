@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.packed import BITS
 from quant.awq import Awq, AwqSettings, search_clip, search_scale
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax
 from quant.layer import LayerInputs, Moments, linears, moments
@@ -104,21 +105,23 @@ def test_a_linear_that_is_never_called_is_named(inputs: LayerInputs) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [32, 64, None])
-def test_clipping_is_never_worse_than_the_full_range(group_size: int | None, symmetric: bool) -> None:
-    grid = Grid(group_size, symmetric)
+def test_clipping_is_never_worse_than_the_full_range(group_size: int | None, symmetric: bool, bits: int) -> None:
+    grid = Grid(group_size, symmetric, bits=bits)
     weight, (seen, x_TK) = torch.randn(24, 128), correlated_moments(128)
     weight[::3, ::31] *= 6
     clipped, full = search_clip(weight, seen, grid, SETTINGS), minmax(weight, grid)
     for row in range(len(weight)):
         losses = [
-            explicit_loss((fake_quantize(weight, found) - weight)[row : row + 1], x_TK) for found in (clipped, full)
+            explicit_loss((fake_quantize(weight, found, grid) - weight)[row : row + 1], x_TK)
+            for found in (clipped, full)
         ]
         assert losses[0] <= losses[1] * (1 + 1e-4)
-    total = [explicit_loss(fake_quantize(weight, found) - weight, x_TK) for found in (clipped, full)]
+    total = [explicit_loss(fake_quantize(weight, found, grid) - weight, x_TK) for found in (clipped, full)]
     assert total[0] < 0.9 * total[1]
     assert torch.equal(clipped.scale, clipped.scale.to(grid.scale_dtype).float())
-    assert torch.equal(clipped.zero, clipped.zero.round().clamp(0, 15))
+    assert torch.equal(clipped.zero, clipped.zero.round().clamp(0, grid.code_max))
 
 
 def nearest_levels(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -279,10 +282,10 @@ def test_a_quantized_layer_is_better_than_round_to_nearest(layer: Layer, inputs:
     rounded, nearest = copy.deepcopy(scaled), copy.deepcopy(layer)
     for name, parameters in found.items():
         weight = scaled.get_parameter(f"{name}.weight").data
-        clipped, full = fake_quantize(weight, parameters), fake_quantize(weight, minmax(weight, grid))
+        clipped, full = (fake_quantize(weight, p, grid) for p in (parameters, minmax(weight, grid)))
         assert seen[name].loss(clipped - weight) <= seen[name].loss(full - weight) * (1 + 1e-3), name
         rounded.get_parameter(f"{name}.weight").data = clipped
         plain = layer.get_parameter(f"{name}.weight").data
-        nearest.get_parameter(f"{name}.weight").data = fake_quantize(plain, minmax(plain, grid))
+        nearest.get_parameter(f"{name}.weight").data = fake_quantize(plain, minmax(plain, grid), grid)
     error, rtn_error = (float((inputs.run(other) - reference).square().sum()) for other in (rounded, nearest))
     assert error < 0.7 * rtn_error

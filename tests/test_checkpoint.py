@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kernels.packed import BITS
 from offload.checkpoint import Checkpoint, Recipe, is_checkpoint, read_header, read_json
 from offload.checkpoint_writer import write_safetensors
 from offload.errors import CheckpointError
@@ -394,7 +395,7 @@ def test_another_format_version(copy: Path, version: object) -> None:
     [
         (lambda m: m["recipe"].update({"colour": "red"}), "recipe: expected the keys .*'colour'"),
         (lambda m: m["recipe"].pop("seed"), "recipe: expected the keys"),
-        (lambda m: m["recipe"].update({"bits": 3}), "bits=3: only 4 is supported"),
+        (lambda m: m["recipe"].update({"bits": 3}), "bits=3: expected 4 or 8"),
         (lambda m: m["recipe"].update({"group_size": 48}), "group_size=48: expected 32, 64, 128 or None"),
         (lambda m: m["recipe"].update({"ignore": 5}), "TypeError"),
         (lambda m: m.update({"recipe": []}), "recipe: expected the keys .*found list"),
@@ -474,13 +475,15 @@ def test_links_to_files_open_as_in_the_hub_cache(tiny_checkpoint: Path, tmp_path
     assert linked.recipe == plain.recipe
 
 
-def test_a_recipe_survives_json_and_refuses_what_it_does_not_know() -> None:
-    recipe = Recipe("awq", 4, None, False, ("lm_head", "a.b"), None, "ab" * 8, 3, settings={"grid": 20})
+@pytest.mark.parametrize("bits", BITS)
+def test_a_recipe_survives_json_and_refuses_what_it_does_not_know(bits: int) -> None:
+    recipe = Recipe("awq", bits, None, False, ("lm_head", "a.b"), None, "ab" * 8, 3, settings={"grid": 20})
     values = json.loads(json.dumps(recipe.to_json()))
     assert Recipe.from_json(values) == recipe
     with pytest.raises(ValueError, match="'colour'"):
         Recipe.from_json({**values, "colour": "red"})
     weights = recipe.quantization_config()["config_groups"]["group_0"]["weights"]
+    assert weights["num_bits"] == bits
     assert weights["strategy"] == "channel"
     assert "group_size" not in weights
 

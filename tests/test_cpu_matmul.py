@@ -20,18 +20,30 @@ from kernels import cpu_matmul
 from kernels.cpu_build import BuildError, find_compiler, load_library
 from kernels.cpu_matmul import LEVELS, cpu_backend, cpu_level, dequant_matmul_cpu, dequantize_cpu, read_seconds
 from kernels.matmul import dequant_matmul
-from kernels.packed import PackedWeight, dequantize, pack
+from kernels.packed import BITS, PackedWeight, dequantize, pack
 
 # N odd and even, K with and without a step of 128 that is not full, the smallest K last
 SHAPES = [(33, 96, 32), (45, 576, 64), (5, 384, 128), (131, 200, 200), (20, 1056, 32), (3, 8, 8)]
+# multiples of four alone are for 8 bits
+SHAPES_AND_BITS = [*((*shape, bits) for shape in SHAPES for bits in BITS), (7, 332, 332, 8), (2, 4, 4, 8)]
 
 
 def random_weight(
-    N: int, K: int, group_size: int, asymmetric: bool = True, scale_dtype: torch.dtype = torch.bfloat16
+    N: int,
+    K: int,
+    group_size: int,
+    asymmetric: bool = True,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    bits: int = 4,
 ) -> PackedWeight:
     scale = torch.rand(N, K // group_size).add(0.1).to(scale_dtype)
-    zero = torch.randint(0, 16, scale.shape) if asymmetric else None
-    return pack(torch.randint(0, 16, (N, K)), scale, zero, group_size)
+    zero = torch.randint(0, 1 << bits, scale.shape) if asymmetric else None
+    return pack(torch.randint(0, 1 << bits, (N, K)), scale, zero, group_size, bits)
+
+
+def tiled(level: int, weight: PackedWeight) -> bool:
+    """Whether a batch is multiplied in tiles of signed bytes, which asymmetric codes of 8 bits do not fit."""
+    return LEVELS[level] == "amx" and (weight.bits == 4 or weight.symmetric)
 
 
 def float64_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,10 +60,10 @@ def assert_near(found: Tensor, expected: Tensor, magnitude: Tensor) -> None:
     assert ((found.double() - expected).abs() <= allowed).all()
 
 
-def int8_activations(x: Tensor) -> Tensor:
-    """What fast mode makes of x [M, K]: every 128 of a row rounded to 127ths of their largest. Returns float64."""
+def int8_activations(x: Tensor, width: int) -> Tensor:
+    """What fast mode makes of x [M, K]: every `width` of a row rounded to 127ths of their largest. Returns float64."""
     M, K = x.shape
-    steps = torch.nn.functional.pad(x.float(), (0, -K % 128)).view(M, -1, 128)
+    steps = torch.nn.functional.pad(x.float(), (0, -K % width)).view(M, -1, width)
     largest = steps.abs().amax(dim=-1, keepdim=True)
     # a number divided by a tensor is a reciprocal and a product in torch, which settles ties otherwise
     inverse = torch.tensor(127.0) / largest
@@ -81,7 +93,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(("N", "K", "group_size"), SHAPES)
+@pytest.mark.parametrize(("N", "K", "group_size", "bits"), SHAPES_AND_BITS)
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 def test_product_is_that_of_float64(
     level: int,
@@ -89,49 +101,57 @@ def test_product_is_that_of_float64(
     N: int,
     K: int,
     group_size: int,
+    bits: int,
     asymmetric: bool,
     scale_dtype: torch.dtype,
 ) -> None:
-    weight = random_weight(N, K, group_size, asymmetric, scale_dtype)
+    weight = random_weight(N, K, group_size, asymmetric, scale_dtype, bits)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(17, K).to(dtype)
         for bias in (None, torch.randn(N).to(dtype)):
-            expected, magnitude = float64_product(int8_activations(x) if mode == "fast" else x, weight, bias)
             for M in (1, 3, 8, 17):
+                width = 128 if tiled(level, weight) and M >= 6 else 32
+                seen = int8_activations(x[:M], width) if mode == "fast" else x[:M]
+                expected, magnitude = float64_product(seen, weight, bias)
                 found = dequant_matmul_cpu(x[:M], weight, bias, mode, level)
                 assert found.dtype == dtype
-                assert_near(found, expected[:M], magnitude[:M])
+                assert_near(found, expected, magnitude)
 
 
-def test_fast_loses_less_than_a_hundredth(level: int) -> None:
-    weight = random_weight(131, 1024, 64)
+@pytest.mark.parametrize("bits", BITS)
+def test_fast_loses_less_than_a_hundredth(level: int, bits: int) -> None:
+    weight = random_weight(131, 1024, 64, bits=bits)
     x = torch.randn(17, 1024)
     expected = x @ dequantize(weight).T
     error = dequant_matmul_cpu(x, weight, None, "fast", level) - expected
     assert 0 < error.norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("N", "K", "group_size"), [(131, 4096, 128), (131, 576, 64), (131, 96, 32), (131, 200, 200)])
-def test_instruction_sets_agree(level: int, N: int, K: int, group_size: int) -> None:
+def test_instruction_sets_agree(level: int, N: int, K: int, group_size: int, asymmetric: bool, bits: int) -> None:
     if level == 0:
         pytest.skip("the one that the others are compared with")
-    weight, x = random_weight(N, K, group_size), torch.randn(9, K)
+    weight, x = random_weight(N, K, group_size, asymmetric, bits=bits), torch.randn(5, K)
     magnitude = x.abs() @ dequantize(weight).abs().T
     for mode in ("fast", "exact"):
         difference = dequant_matmul_cpu(x, weight, None, mode, level) - dequant_matmul_cpu(x, weight, None, mode, 0)
         assert (difference.abs() <= magnitude * 2**-21).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("mode", "largest"), [("fast", 17), ("exact", 8)])
 def test_a_row_depends_on_neither_the_batch_nor_the_threads(
-    level: int, mode: Literal["fast", "exact"], largest: int, threads: None
+    level: int, mode: Literal["fast", "exact"], largest: int, asymmetric: bool, bits: int, threads: None
 ) -> None:
     # enough rows that a single activation is shared out too
-    weight, x = random_weight(2000, 576, 64), torch.randn(largest, 576)
+    weight, x = random_weight(2000, 576, 64, asymmetric, bits=bits), torch.randn(largest, 576)
     torch.set_num_threads(1)
     batched = dequant_matmul_cpu(x, weight, None, mode, level)
     alone = torch.cat([dequant_matmul_cpu(row[None], weight, None, mode, level) for row in x])
-    if mode == "exact" or LEVELS[level] != "amx":
+    if mode == "exact" or not tiled(level, weight):
         assert torch.equal(batched, alone)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
@@ -144,8 +164,9 @@ def test_a_row_depends_on_neither_the_batch_nor_the_threads(
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("M", [1, 5, 8, 17])
-def test_what_is_not_finite_stays_in_its_row(level: int, mode: Literal["fast", "exact"], M: int) -> None:
-    weight, clean = random_weight(33, 576, 64), torch.randn(M, 576)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_stays_in_its_row(level: int, mode: Literal["fast", "exact"], M: int, bits: int) -> None:
+    weight, clean = random_weight(33, 576, 64, bits=bits), torch.randn(M, 576)
     expected = dequant_matmul_cpu(clean, weight, None, mode, level)
     for row in {0, M // 2, M - 1}:
         for value in (float("nan"), float("inf"), float("-inf")):
@@ -160,15 +181,16 @@ def test_what_is_not_finite_stays_in_its_row(level: int, mode: Literal["fast", "
                 assert torch.equal(found[others], expected[others])
 
 
-def test_activations_of_any_size(level: int) -> None:
-    weight, bias = random_weight(33, 576, 64), torch.randn(33)
+@pytest.mark.parametrize("bits", BITS)
+def test_activations_of_any_size(level: int, bits: int) -> None:
+    weight, bias = random_weight(33, 576, 64, bits=bits), torch.randn(33)
     tiny, huge = torch.randn(576) * 1e-39, torch.randn(576) * 1e34
     uneven = torch.cat((torch.randn(128), torch.randn(320) * 1e6, torch.randn(128)))
     x = torch.stack((torch.zeros(576), tiny, huge, uneven))
     found = dequant_matmul_cpu(x, weight, bias, "fast", level)
     assert torch.equal(found[0], bias)
     assert torch.equal(found[1], bias)
-    assert_near(found[2:], *float64_product(int8_activations(x[2:]), weight, bias))
+    assert_near(found[2:], *float64_product(int8_activations(x[2:], 32), weight, bias))
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
@@ -191,7 +213,12 @@ def test_strided_activations_and_biases(mode: Literal["fast", "exact"]) -> None:
         )
     found = dequant_matmul(columns, weight, bias, mode).view(6, 33)
     rows = columns.reshape(6, 192)
-    assert_near(found, *float64_product(rows if mode == "exact" else int8_activations(rows), weight, bias))
+    assert_near(
+        found,
+        *float64_product(
+            rows if mode == "exact" else int8_activations(rows, 128 if tiled(cpu_level(), weight) else 32), weight, bias
+        ),
+    )
 
 
 def test_callers_on_several_threads_do_not_disturb_each_other(threads: None) -> None:
@@ -240,12 +267,13 @@ def test_a_child_forked_amid_a_product_multiplies(threads: None) -> None:
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
 def test_dequantised_rows_are_those_of_packed_at_every_scale(
-    level: int, asymmetric: bool, scale_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    level: int, asymmetric: bool, scale_dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale = torch.arange(-(2**15), 2**15).to(torch.int16).view(scale_dtype).view(256, 256)
-    zero = torch.randint(0, 16, scale.shape) if asymmetric else None
-    weight = pack(torch.randint(0, 16, (256, 8192)), scale, zero, 32)
+    zero = torch.randint(0, 1 << bits, scale.shape) if asymmetric else None
+    weight = pack(torch.randint(0, 1 << bits, (256, 8192)), scale, zero, 32, bits)
     expected = dequantize(weight)
     monkeypatch.setattr(cpu_matmul, "cpu_level", lambda: level)
     for start, stop in ((0, 256), (3, 250), (255, 256), (7, 7)):
@@ -253,9 +281,12 @@ def test_dequantised_rows_are_those_of_packed_at_every_scale(
         torch.testing.assert_close(found, expected[start:stop], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [128, 200])
-def test_dequantised_rows_of_other_groups(level: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(11, 640 if group_size == 128 else 200, group_size)
+def test_dequantised_rows_of_other_groups(
+    level: int, group_size: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(11, 640 if group_size == 128 else 200, group_size, bits=bits)
     monkeypatch.setattr(cpu_matmul, "cpu_level", lambda: level)
     assert torch.equal(dequantize_cpu(weight, 2, 11), dequantize(weight)[2:])
 
@@ -283,12 +314,13 @@ def test_without_a_library_torch_multiplies_what_it_can(
 
 
 @pytest.mark.parametrize(
-    ("N", "K", "group_size", "scale_dtype", "mode"),
+    ("N", "K", "group_size", "scale_dtype", "bits", "mode"),
     [
-        (33, 384, 128, torch.bfloat16, "fast"),
-        (64, 200, 200, torch.bfloat16, "fast"),
-        (64, 384, 64, torch.float16, "fast"),
-        (64, 384, 64, torch.bfloat16, "exact"),
+        (33, 384, 128, torch.bfloat16, 4, "fast"),
+        (64, 200, 200, torch.bfloat16, 4, "fast"),
+        (64, 384, 64, torch.float16, 4, "fast"),
+        (64, 384, 64, torch.bfloat16, 4, "exact"),
+        (64, 384, 64, torch.bfloat16, 8, "fast"),
     ],
 )
 def test_without_a_library_the_rest_is_dequantised(
@@ -296,10 +328,11 @@ def test_without_a_library_the_rest_is_dequantised(
     K: int,
     group_size: int,
     scale_dtype: torch.dtype,
+    bits: int,
     mode: Literal["fast", "exact"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weight = random_weight(N, K, group_size, scale_dtype=scale_dtype)
+    weight = random_weight(N, K, group_size, scale_dtype=scale_dtype, bits=bits)
     monkeypatch.setattr(cpu_matmul, "_library", lambda: None)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, bias = torch.randn(5, K).to(dtype), torch.randn(N).to(dtype)

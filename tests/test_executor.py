@@ -48,27 +48,33 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_8_bits"])
 def test_streamed_equals_resident(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int, mode: str
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, checkpoint: str, depth: int, mode: str
 ) -> None:
-    expected = logits(load(tiny_checkpoint, mode=mode))
+    directory = request.getfixturevalue(checkpoint)
+    expected = logits(load(directory, mode=mode))
     assert torch.isfinite(expected).all()
-    with streamed(tiny_checkpoint, monkeypatch, depth, mode=mode) as model:
+    with streamed(directory, monkeypatch, depth, mode=mode) as model:
         for _ in range(3):
             assert torch.equal(logits(model), expected)
         assert executor_of(model).stats.layer_reads >= 9
 
 
-def test_exact_mode_equals_the_dequantised_model(tiny_model: Path, tiny_asymmetric: Path) -> None:
+@pytest.mark.parametrize(("name", "bits"), [("tiny_asymmetric", 4), ("tiny_8_bits", 8)])
+def test_exact_mode_equals_the_dequantised_model(
+    tiny_model: Path, request: pytest.FixtureRequest, name: str, bits: int
+) -> None:
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    checkpoint = Checkpoint.open(tiny_asymmetric)
+    checkpoint = Checkpoint.open(request.getfixturevalue(name))
+    assert checkpoint.recipe.bits == bits
     for blob in checkpoint.blobs:
         tensors = load_file(blob.path)
         for name in [name.removesuffix("_packed") for name in tensors if name.endswith(".weight_packed")]:
             codes = tensors[f"{name}_packed"].view(torch.uint8)
-            weight = PackedWeight(codes, tensors[f"{name}_scale"], tensors[f"{name}_zero_point"], 32)
+            weight = PackedWeight(codes, tensors[f"{name}_scale"], tensors[f"{name}_zero_point"], 32, bits)
             reference.get_parameter(name).data = dequantize(weight)
-    model = load(tiny_asymmetric, dtype=torch.float32, mode="exact")
+    model = load(checkpoint.directory, dtype=torch.float32, mode="exact")
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
 
 

@@ -5,33 +5,35 @@ import torch
 from torch import nn
 
 from kernels.matmul import Mode, dequant_matmul
-from kernels.packed import PackedWeight, pack
+from kernels.packed import BITS, PackedWeight, pack
 from offload.linear import PackedLinear
 
 
-def random_weight(asymmetric: bool) -> PackedWeight:
-    zero = torch.randint(0, 16, (33, 3)) if asymmetric else None
-    return pack(torch.randint(0, 16, (33, 192)), torch.rand(33, 3).add(0.1).bfloat16(), zero, 64)
+def random_weight(asymmetric: bool, bits: int) -> PackedWeight:
+    zero = torch.randint(0, 1 << bits, (33, 3)) if asymmetric else None
+    return pack(torch.randint(0, 1 << bits, (33, 192)), torch.rand(33, 3).add(0.1).bfloat16(), zero, 64, bits)
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_keeps_its_word(mode: Mode, asymmetric: bool, dtype: torch.dtype) -> None:
-    weight, x, bias = random_weight(asymmetric), torch.randn(2, 5, 192).to(dtype), torch.randn(33)
-    operands = (x, weight.codes, weight.scale, weight.zero, bias, 64, mode)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_operator_keeps_its_word(mode: Mode, asymmetric: bool, dtype: torch.dtype, bits: int) -> None:
+    weight, x, bias = random_weight(asymmetric, bits), torch.randn(2, 5, 192).to(dtype), torch.randn(33)
+    operands = (x, weight.codes, weight.scale, weight.zero, bias, 64, bits, mode)
     torch.library.opcheck(torch.ops.int4_offload.dequant_matmul.default, operands)
     found = torch.ops.int4_offload.dequant_matmul(*operands)
     assert torch.equal(found, dequant_matmul(x, weight, bias, mode))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torch_compile_passes_through_without_a_break() -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_torch_compile_passes_through_without_a_break(bits: int) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = PackedLinear(192, 33, False, torch.float32, "fast")
-            self.linear.packed = random_weight(True)
+            self.linear = PackedLinear(192, 33, False, torch.float32, bits, "fast")
+            self.linear.packed = random_weight(True, bits)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x.sin()).relu() + 1

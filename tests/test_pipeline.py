@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kernels.packed import PackedWeight, dequantize
+from kernels.packed import BITS, PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.executor import load
 from quant import awq, rtn
@@ -118,20 +118,23 @@ def test_the_default_group_size_is_the_largest_that_fits(
     assert checkpoint.recipe.group_size == group_size
 
 
+@pytest.mark.parametrize(("bits", "hidden"), [(4, 80), (8, 76)])
 def test_whole_rows_and_what_is_skipped(
-    tiny_model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, bits: int, hidden: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = llama_of_width(tiny_model, tmp_path / "model", 80, 160)
-    assert rtn.main(["--model", str(model), "--group-size", "row", "--skip", "*.v_proj", "--skip", "*.0.mlp.up*"]) == 0
+    model = llama_of_width(tiny_model, tmp_path / "model", hidden, 160)
+    flags = ["--bits", str(bits), "--group-size", "row", "--skip", "*.v_proj", "--skip", "*.0.mlp.up*"]
+    assert rtn.main(["--model", str(model), *flags]) == 0
     assert "5 linears, left alone: 3" in capsys.readouterr().err
-    checkpoint = Checkpoint.open(Path("checkpoints/model-rtn-int4-grow"))
+    checkpoint = Checkpoint.open(Path(f"checkpoints/model-rtn-int{bits}-grow"))
     skipped = ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.v_proj")
     assert checkpoint.recipe.group_size is None
     assert checkpoint.recipe.ignore == ("lm_head", *skipped)
     tensors = checkpoint.blobs[1].tensors
     assert tensors[f"{skipped[0]}.weight"].dtype == torch.bfloat16
-    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (80, 1)
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (hidden, 1)
+    assert tensors["model.layers.0.mlp.down_proj.weight_packed"].shape == (hidden, 160 * bits // 32)
 
 
 @pytest.mark.parametrize(
@@ -363,9 +366,9 @@ def test_json_is_one_object_that_agrees_with_the_files(
     assert result["error"] == pytest.approx(sum(errors) / 3)
     assert 0 < result["error"] < result["rtn_error"]
     assert result["seconds"] >= 0
-    expected = {"output": str(output), "method": "awq", "group_size": 32, "symmetric": symmetric, "layers": 3}
+    expected = {"output": str(output), "method": "awq", "bits": 4, "group_size": 32, "symmetric": symmetric}
     assert expected.items() <= result.items()
-    assert result["layers_fallen_back"] == 0
+    assert (result["layers"], result["layers_fallen_back"]) == (3, 0)
 
     assert rtn.main([*arguments, "--overwrite"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -373,9 +376,10 @@ def test_json_is_one_object_that_agrees_with_the_files(
     assert result["error"] is None
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("flags", [["--symmetric"], ["--asymmetric"], ["--group-size", "row"], ["--skip", "*.k_proj"]])
 def test_the_size_is_known_before(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], bits: int
 ) -> None:
     expected_bytes: list[int] = []
 
@@ -385,7 +389,7 @@ def test_the_size_is_known_before(
 
     monkeypatch.setattr("quant.pipeline.model_card", card)
     output = tmp_path / "out"
-    assert rtn.main(["--model", str(tiny_model), "--output", str(output), *flags]) == 0
+    assert rtn.main(["--model", str(tiny_model), "--output", str(output), "--bits", str(bits), *flags]) == 0
     assert expected_bytes == [Checkpoint.open(output).nbytes]
 
 
@@ -461,8 +465,8 @@ def reference(
         stem, _, part = key.rpartition(".")
         if part == "weight_packed":
             scale, zero = tensors[f"{stem}.weight_scale"], tensors.get(f"{stem}.weight_zero_point")
-            size = checkpoint.recipe.group_size or tensor.shape[1] * 8
-            weight = PackedWeight(tensor.view(torch.uint8), scale, zero, size)
+            size, bits = checkpoint.recipe.group_size, checkpoint.recipe.bits
+            weight = PackedWeight(tensor.view(torch.uint8), scale, zero, size or tensor.shape[1] * 32 // bits, bits)
             built.get_parameter(f"{stem}.weight").data = dequantize(weight, dequantized or dtype).to(dtype)
         elif not part.startswith("weight_"):
             built.get_parameter(key).data = tensor.to(dtype)
@@ -479,6 +483,9 @@ def reference(
         ("rtn", ["--group-size", "row"]),
         ("awq", ["--group-size", "64", "--skip", "*.1.self_attn.*"]),
         ("awq", ["--group-size", "64", "--asymmetric"]),
+        ("rtn", ["--bits", "8", "--group-size", "row"]),
+        ("awq", ["--bits", "8", "--group-size", "64"]),
+        ("rtn", ["--bits", "8", "--group-size", "32", "--asymmetric"]),
     ],
 )
 @torch.inference_mode()
@@ -499,6 +506,19 @@ def test_plain_transformers_reads_what_we_wrote(
     assert torch.equal(theirs(TOKENS).logits, expected)
     original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
     assert not torch.equal(original(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("flags", [["--symmetric"], ["--asymmetric"]])
+@torch.inference_mode()
+def test_8_bits_are_much_nearer_to_the_original_than_4(tiny_model: Path, tmp_path: Path, flags: list[str]) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(TOKENS).logits
+    errors = {}
+    for bits in BITS:
+        output = tmp_path / str(bits)
+        arguments = ["--model", str(tiny_model), "--output", str(output), "--group-size", "32", *flags]
+        assert rtn.main([*arguments, "--bits", str(bits)]) == 0
+        errors[bits] = (load(output, dtype=torch.float32, mode="exact")(TOKENS).logits - expected).norm()
+    assert 0 < errors[8] < errors[4] / 10
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -560,8 +580,11 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
     assert "dequantize=True" not in cards["symmetric"]
 
     output = tmp_path / "rows"
-    assert rtn.main(["--model", str(tiny_model), "--output", str(output), "--group-size", "row"]) == 0
-    assert "symmetric, one group a row; no calibration, seed 0" in " ".join((output / "README.md").read_text().split())
+    assert rtn.main(["--model", str(tiny_model), "--output", str(output), "--bits", "8", "--group-size", "row"]) == 0
+    words = " ".join((output / "README.md").read_text().split())
+    assert "tags: [int8, rtn, compressed-tensors]" in words
+    assert "# tiny, RTN int8" in words
+    assert "in 8 bits, symmetric, one group a row; no calibration, seed 0" in words
 
 
 def test_tokenizer_and_settings_are_copied_byte_for_byte(tiny_model: Path, tiny_checkpoint: Path) -> None:

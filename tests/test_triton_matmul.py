@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from torch import Tensor
 import kernels.ahead_of_time
 from kernels.ahead_of_time import Compiled, Configuration, compile_one, configurations, main
 from kernels.matmul import dequant_matmul
-from kernels.packed import PackedWeight, dequantize, pack
+from kernels.packed import BITS, PackedWeight, dequantize, pack
 from kernels.triton_kernels import _BF16_LESS_8, _FP16_LESS_8, matmul_kernel
 from kernels.triton_matmul import (
     TUNINGS,
@@ -32,14 +33,16 @@ from kernels.triton_matmul import (
 
 # a row of N=70 is two tiles; K with and without a last step that is not full; 1088 takes two blocks to dequantise
 SHAPES = [(17, 160, 32), (33, 320, 64), (5, 384, 128), (70, 200, 200), (70, 8, 8), (9, 1088, 64)]
+# multiples of four alone are for 8 bits
+SHAPES_AND_BITS = [*((*shape, bits) for shape in SHAPES for bits in BITS), (7, 332, 332, 8)]
 
 
 def random_weight(
-    N: int, K: int, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, device: str = "cpu"
+    N: int, K: int, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, bits: int = 4, device: str = "cpu"
 ) -> PackedWeight:
     scale = torch.rand(N, K // group_size, device=device).add(0.1).to(scale_dtype)
-    zero = torch.randint(0, 16, scale.shape, device=device) if asymmetric else None
-    return pack(torch.randint(0, 16, (N, K), device=device), scale, zero, group_size)
+    zero = torch.randint(0, 1 << bits, scale.shape, device=device) if asymmetric else None
+    return pack(torch.randint(0, 1 << bits, (N, K), device=device), scale, zero, group_size, bits)
 
 
 def errors(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[float, float]:
@@ -61,13 +64,13 @@ def errors(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> tuple[float,
 
 
 def interpreted_errors(
-    N: int, K: int, group_size: int, asymmetric: bool, dtype: torch.dtype, M: int
+    N: int, K: int, group_size: int, bits: int, asymmetric: bool, dtype: torch.dtype, M: int
 ) -> list[tuple[float, float]]:
     """Return the errors on random operands: a scale in bf16 and no bias, a scale in fp16 and one."""
     torch.manual_seed(0)
     x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
     ways = ((torch.bfloat16, None), (torch.float16, bias))
-    return [errors(x, random_weight(N, K, group_size, asymmetric, kind), added) for kind, added in ways]
+    return [errors(x, random_weight(N, K, group_size, asymmetric, kind, bits), added) for kind, added in ways]
 
 
 def kernel_class() -> str:
@@ -99,16 +102,16 @@ def interpreted_launches() -> list[tuple[float, float]]:
     """Return the errors of every tile, that for weights in host memory too, on one to three splits of K."""
     torch.manual_seed(0)
     found = []
-    for K, group_size in ((576, 64), (200, 200), (512, 32)):
+    for bits, (K, group_size) in product(BITS, ((576, 64), (200, 200), (512, 32))):
         weight, x, bias = (
-            random_weight(70, K, group_size, True, torch.float16),
+            random_weight(70, K, group_size, True, torch.float16, bits),
             torch.randn(5, K).half(),
             torch.randn(70),
         )
         exact = x.double() @ dequantize(weight).double().T + bias.double()
         plain = x @ dequantize(weight).half().T + bias.half()
         for tile in (*TUNINGS[8].tiles, TUNINGS[8].mapped):
-            steps = -(-K // tile.step(0 if group_size == K else group_size))
+            steps = -(-K // tile.step(0 if group_size == K else group_size, bits))
             for splits in range(1, min(3, steps) + 1):
                 ours = fused(x, weight, bias, None, Launch(tile, splits, -(-steps // splits)))
                 found.append((float((ours.double() - exact).norm()), float((plain.double() - exact).norm())))
@@ -145,17 +148,18 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize("M", [1, 5, 17, 70])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("N", "K", "group_size"), SHAPES)
+@pytest.mark.parametrize(("N", "K", "group_size", "bits"), SHAPES_AND_BITS)
 def test_interpreted_product_errs_at_most_twice_as_much_as_torch(
     interpreter: ProcessPoolExecutor,
     N: int,
     K: int,
     group_size: int,
+    bits: int,
     dtype: torch.dtype,
     asymmetric: bool,
     M: int,
 ) -> None:
-    future = interpreter.submit(interpreted_errors, N, K, group_size, asymmetric, dtype, M)
+    future = interpreter.submit(interpreted_errors, N, K, group_size, bits, asymmetric, dtype, M)
     for ours, plain in future.result(timeout=60):
         assert ours <= 2 * plain
 
@@ -183,11 +187,13 @@ def test_the_batches_tested_reach_every_way() -> None:
     ("N", "K", "group_size"), [(4096, 4096, 128), (1024, 4096, 64), (28672, 8192, 32), (64, 256, 256)]
 )
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 100])
-def test_splits_cover_k_and_fill_the_device(tuning: Tuning, N: int, K: int, group_size: int, M: int) -> None:
-    codes = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
-    weight = PackedWeight(codes, torch.empty(N, K // group_size, dtype=torch.bfloat16, device="meta"), None, group_size)
+@pytest.mark.parametrize("bits", BITS)
+def test_splits_cover_k_and_fill_the_device(tuning: Tuning, N: int, K: int, group_size: int, M: int, bits: int) -> None:
+    codes = torch.empty(N, K * bits // 8, dtype=torch.uint8, device="meta")
+    scale = torch.empty(N, K // group_size, dtype=torch.bfloat16, device="meta")
+    weight = PackedWeight(codes, scale, None, group_size, bits)
     launch = plan_launch(M, weight, tuning, processors=132, mapped=False)
-    steps = -(-K // launch.tile.step(0 if group_size == K else group_size))
+    steps = -(-K // launch.tile.step(0 if group_size == K else group_size, bits))
     assert (launch.splits - 1) * launch.steps_per_split < steps <= launch.splits * launch.steps_per_split
     programs = -(-N // launch.tile.block_n) * -(-M // launch.tile.block_m) * launch.splits
     assert programs >= 132 or launch.steps_per_split <= 4 or launch.splits >= 11
@@ -241,11 +247,13 @@ def test_the_inline_assembly_is_exact_for_every_byte(text: Any, kind: torch.dtyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("N", "K", "group_size"), [*SHAPES, (4096, 2048, 128)])
+@pytest.mark.parametrize(
+    ("N", "K", "group_size", "bits"), [*SHAPES_AND_BITS, *((4096, 2048, 128, bits) for bits in BITS)]
+)
 def test_gpu_product_errs_at_most_twice_as_much_as_torch(
-    N: int, K: int, group_size: int, dtype: torch.dtype, asymmetric: bool
+    N: int, K: int, group_size: int, bits: int, dtype: torch.dtype, asymmetric: bool
 ) -> None:
-    weight = random_weight(N, K, group_size, asymmetric, dtype, "cuda")
+    weight = random_weight(N, K, group_size, asymmetric, dtype, bits, "cuda")
     for M in (1, 2, 5, 16, 17, 33, 64, 65, 70, 200):
         x, bias = torch.randn(M, K, device="cuda").to(dtype), torch.randn(N, device="cuda").to(dtype)
         for added in (None, bias):
@@ -257,10 +265,11 @@ def test_gpu_product_errs_at_most_twice_as_much_as_torch(
 @pytest.mark.gpu
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(("N", "K", "group_size"), [(33, 320, 64), (70, 200, 200), (4096, 2048, 128)])
-def test_gpu_reads_a_weight_in_pinned_memory(N: int, K: int, group_size: int, asymmetric: bool) -> None:
-    there = random_weight(N, K, group_size, asymmetric, torch.bfloat16)
+@pytest.mark.parametrize("bits", BITS)
+def test_gpu_reads_a_weight_in_pinned_memory(N: int, K: int, group_size: int, asymmetric: bool, bits: int) -> None:
+    there = random_weight(N, K, group_size, asymmetric, torch.bfloat16, bits)
     zero = None if there.zero is None else there.zero.pin_memory()
-    weight = PackedWeight(there.codes.pin_memory(), there.scale.pin_memory(), zero, group_size)
+    weight = PackedWeight(there.codes.pin_memory(), there.scale.pin_memory(), zero, group_size, bits)
     w = dequantize(there)
     for M in (1, 16):
         x = torch.randn(M, K, device="cuda").bfloat16()
@@ -292,17 +301,18 @@ def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dic
     tiles = [("matmul", tile) for tile in tuning.tiles] + [("mapped", tuning.mapped)]
     names = ["dequantize", *(f"{kind} {tile.block_m}x{tile.block_n}x{tile.largest_step}" for kind, tile in tiles)]
     assert set(by_name) == {"reduce, fp16", "reduce, bf16"} | {
-        f"{kernel}, {dtype}, group {group}, {zero}"
+        f"{kernel}, int{bits}, {dtype}, group {group}, {zero}"
         for kernel in names
         for dtype in ("fp16", "bf16")
-        for group in ("row", 32, 64, 128)
+        for bits, groups in ((4, ("row", 32, 64, 128)), (8, ("row", 128)))
+        for group in groups
         for zero in ("zero", "symmetric")
     }
 
 
 def test_a_fused_kernel_compiles_to_tensor_cores_and_spills_nothing(by_name: dict[str, Configuration]) -> None:
-    compiled = compile_one(by_name["matmul 16x64x128, fp16, group 64, zero"], 80)
-    assert (compiled.name, compiled.capability) == ("matmul 16x64x128, fp16, group 64, zero", 80)
+    compiled = compile_one(by_name["matmul 16x64x128, int4, fp16, group 64, zero"], 80)
+    assert (compiled.name, compiled.capability) == ("matmul 16x64x128, int4, fp16, group 64, zero", 80)
     assert compiled.spilled_bytes == 0
     assert compiled.tensor_core_instructions > 0
     assert 0 < compiled.registers <= 255
@@ -313,10 +323,10 @@ def test_a_fused_kernel_compiles_to_tensor_cores_and_spills_nothing(by_name: dic
 
 
 def test_machine_code_that_would_run_badly_is_refused(by_name: dict[str, Configuration]) -> None:
-    one_warp = dataclasses.replace(by_name["matmul 64x128x128, fp16, group 128, zero"], num_warps=1)
+    one_warp = dataclasses.replace(by_name["matmul 64x128x128, int4, fp16, group 128, zero"], num_warps=1)
     spilling = compile_one(one_warp, 80)
     assert spilling.failures(fused=True, gated=False) == [f"{spilling.spilled_bytes} bytes spilled"]
-    no_product = compile_one(by_name["dequantize, fp16, group 64, zero"], 80)
+    no_product = compile_one(by_name["dequantize, int4, fp16, group 64, zero"], 80)
     assert no_product.failures(fused=False, gated=False) == []
     assert no_product.failures(fused=True, gated=False) == ["no tensor-core instruction"]
 
@@ -339,7 +349,7 @@ def test_gates_decide_what_the_command_returns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    one = by_name["matmul 16x64x128, fp16, group 64, zero"]
+    one = by_name["matmul 16x64x128, int4, fp16, group 64, zero"]
     passing = Compiled(
         one.name, 80, 210, spilled_bytes=0, shared_bytes=99 << 10, tensor_core_instructions=8, loop_instructions=4.0
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kernels.packed import PackedWeight, dequantize
+from kernels.packed import BITS, PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.checkpoint_writer import CheckpointWriter, write_safetensors
 from offload.errors import CheckpointError
@@ -184,8 +184,9 @@ def test_a_linear_that_is_left_alone_is_run_as_it_is_stored(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_restored_layer_is_the_written_one(tmp_path: Path, symmetric: bool) -> None:
-    grid, layer = Grid(32, symmetric), nn.Module()
+@pytest.mark.parametrize("bits", BITS)
+def test_a_restored_layer_is_the_written_one(tmp_path: Path, symmetric: bool, bits: int) -> None:
+    grid, layer = Grid(32, symmetric, bits=bits), nn.Module()
     layer.linear, layer.norm = nn.Linear(64, 16), nn.LayerNorm(64, dtype=torch.bfloat16)
     layer.register_buffer("table", torch.arange(2**33, 2**33 + 5))
     layer.requires_grad_(False)
@@ -300,6 +301,7 @@ class Spoiling:
 
     name = "spoiling"
     needs_inputs = True
+    needs_original = False
 
     def __init__(self, layer: int | None, spoil: Callable[[nn.Module], Any]) -> None:
         self.layer, self.spoil, self.seen = layer, spoil, 0

@@ -1,6 +1,7 @@
-// The int4 product of a batch with AMX: tiles of 16 rows times 16 activations, in signed bytes.
+// The product of a batch with AMX: tiles of 16 rows times 16 activations, in signed bytes.
 //
-// A row's codes minus their zero points lie in -15..15, so there is no zero point left to correct for. 16 rows are
+// A row's codes minus their zero points lie in -15..15, or in -128..127 for symmetric ones of 8 bits, so there is no zero
+// point left to correct for; asymmetric ones of 8 bits do not fit and are left to the other kernels. 16 rows are
 // unpacked once into the layout of tiles, and then meet every activation. The integer sums of a step (a scale group, or
 // 128 codes) leave the tile, are scaled, and are accumulated in 16 registers of floats.
 #include <immintrin.h>
@@ -57,11 +58,24 @@ inline void widen(const uint16_t* bits, bool bf16, int64_t known, int64_t count,
     }
 }
 
+// 64 codes as signed bytes less their zero points, in the order that `quantize` gives to activations. `bytes` counts
+// those of the row that are left.
+template <int B, int W>
+inline __m512i load(const uint8_t* p, int64_t bytes, __m512i zero) {
+    if constexpr (B == 4) {
+        const __mmask32 inside = bytes >= 32 ? ~0u : bytes > 0 ? (1u << bytes) - 1 : 0;
+        return centred<W>(_mm256_maskz_loadu_epi8(inside, p), zero);
+    } else {
+        const __mmask64 inside = bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0;
+        return _mm512_sub_epi8(_mm512_maskz_loadu_epi8(inside, p), zero);
+    }
+}
+
 // panel [blocks, 16, 64] of rows row..row+16, and their scales [16, stride]; rows past the end are zero.
-template <int W>
+template <int B, int W>
 void unpack(const int4::Weight& w, int64_t row, int64_t stride, int8_t* panel, float* scale) {
-    const int64_t blocks = w.steps() * int4::kStep / kBlock, whole = w.inputs / kBlock, groups = w.groups();
-    const int64_t tail_bytes = (w.inputs - whole * kBlock) / 2, row_bytes = w.row_bytes();
+    constexpr int64_t kBlockBytes = kBlock * B / 8;
+    const int64_t blocks = w.steps() * int4::kStep / kBlock, groups = w.groups(), row_bytes = w.row_bytes();
     const int64_t group_blocks = groups == 1 ? blocks : w.group > kBlock ? w.group / kBlock : 1;
     for (int r = 0; r < kTile; ++r, panel += kBlock, scale += stride) {
         const bool inside = row + r < w.rows;
@@ -74,17 +88,16 @@ void unpack(const int4::Weight& w, int64_t row, int64_t stride, int8_t* panel, f
         const int32_t* zeros = w.zero ? w.zero + (row + r) / 8 * groups : nullptr;
         const int shift = 4 * ((row + r) % 8);
         const auto zero_of = [&](int64_t g) { return char(g < groups ? (uint32_t(zeros[g]) >> shift) & 15 : 0); };
-        __m512i zero = _mm512_set1_epi8(8);
+        __m512i zero = _mm512_set1_epi8(char(1 << (B - 1)));
         for (int64_t b = 0, left = 0, g = 0; b < blocks; ++b, --left) {
             if (zeros && left == 0) {
                 zero = _mm512_set1_epi8(zero_of(g++));
                 if (W == 32) zero = _mm512_inserti64x4(zero, _mm256_set1_epi8(zero_of(g++)), 1);
                 left = group_blocks;
             }
-            const __mmask32 bytes = b < whole ? ~0u : b == whole ? (1u << tail_bytes) - 1 : 0;
-            __builtin_prefetch(codes + b * kBlock / 2 + 4096, 0, 2);
-            const __m256i pairs = _mm256_maskz_loadu_epi8(bytes, codes + b * kBlock / 2);
-            _mm512_store_si512(panel + b * kTile * kBlock, centred<W>(pairs, zero));
+            const uint8_t* p = codes + b * kBlockBytes;
+            __builtin_prefetch(p + 4096, 0, 2);
+            _mm512_store_si512(panel + b * kTile * kBlock, load<B, W>(p, row_bytes - b * kBlockBytes, zero));
         }
     }
 }
@@ -165,7 +178,7 @@ void tile(const int8_t* panel, const float* scale, int64_t stride, bool one_scal
     transpose(total);
 }
 
-template <int W>
+template <int B, int W>
 void rows_of(const int4::Weight& w, const int4::TiledActivations& x, int64_t batch, const float* bias, float* out,
              int64_t begin, int64_t end) {
     const int64_t step = step_of(w), steps = w.steps() * int4::kStep / step;
@@ -177,7 +190,7 @@ void rows_of(const int4::Weight& w, const int4::TiledActivations& x, int64_t bat
     for (int64_t first = begin; first < end; first += together) {
         const int64_t last = first + together < end ? first + together : end;
         for (int64_t row = first; row < last; row += kTile)
-            unpack<W>(w, row, stride, panels + (row - first) * padded, scales + (row - first) * stride);
+            unpack<B, W>(w, row, stride, panels + (row - first) * padded, scales + (row - first) * stride);
         for (int64_t m = 0; m < batch; m += kTile)
             for (int64_t row = first; row < last; row += kTile) {
                 __m512 total[kTile];
@@ -195,7 +208,9 @@ void rows_of(const int4::Weight& w, const int4::TiledActivations& x, int64_t bat
 
 void fast(const int4::Weight& w, const int4::TiledActivations& x, int64_t batch, const float* bias, float* out,
           int64_t begin, int64_t end) {
-    (step_of(w) == 32 ? rows_of<32> : rows_of<64>)(w, x, batch, bias, out, begin, end);
+    const bool halves = step_of(w) == 32;
+    (w.bits == 4 ? halves ? rows_of<4, 32> : rows_of<4, 64>
+                 : halves ? rows_of<8, 32> : rows_of<8, 64>)(w, x, batch, bias, out, begin, end);
 }
 
 // Rows m..m+16 of x as signed bytes in the layout of tiles; rows past `batch` are zero. A step that holds NaN or
@@ -205,9 +220,9 @@ void quantize(const int4::Weight& w, const float* x, int64_t batch, int64_t m, i
     alignas(64) int8_t order[kBlock];
     for (int i = 0; i < kBlock; ++i) {
         const int width = halves ? 32 : 64, piece = i / width * width, j = i % width;
-        order[i] = int8_t(piece + (j < width / 2 ? 2 * j : 2 * (j - width / 2) + 1));
+        order[i] = int8_t(w.bits == 8 ? i : piece + (j < width / 2 ? 2 * j : 2 * (j - width / 2) + 1));
     }
-    const __m512i even_then_odd = _mm512_load_si512(order);
+    const __m512i in_order = _mm512_load_si512(order);
     const __m512i four_apart = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                                   _mm512_set1_epi32(kTile));
     for (int t = 0; t < kTile; ++t)
@@ -229,7 +244,7 @@ void quantize(const int4::Weight& w, const float* x, int64_t batch, int64_t m, i
                 _mm_store_si128(reinterpret_cast<__m128i*>(rounded + 16 * i),
                                 _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(part[i], inverse))));
             for (int64_t block = 0; block < int4::kStep; block += kBlock) {
-                const __m512i ordered = _mm512_permutexvar_epi8(even_then_odd, _mm512_load_si512(rounded + block));
+                const __m512i ordered = _mm512_permutexvar_epi8(in_order, _mm512_load_si512(rounded + block));
                 _mm512_i32scatter_epi32(values + (start + block) * kTile + 4 * t, four_apart, ordered, 4);
             }
         }

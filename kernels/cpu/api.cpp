@@ -86,24 +86,27 @@ int int4_level() {
 int64_t int4_workspace_bytes(int64_t batch, int64_t inputs, int64_t group) {
     const int64_t steps = (inputs + kStep - 1) / kStep;
     const int64_t whole_tiles = (batch + kTileActivations - 1) / kTileActivations * kTileActivations;
-    return whole_tiles * (steps * kStep + 4 * steps) + batch * 4 * (inputs / group);
+    const int64_t scales = steps * (kStep / kScaled);
+    return whole_tiles * (steps * kStep + 4 * scales) + batch * 4 * (inputs / group);
 }
 
 // out [batch, rows] = x [batch, inputs] times the weight, plus bias; activations rounded to int8 step by step.
 void int4_fast(int level, int threads, const uint8_t* codes, const uint16_t* scale, int scale_is_bf16,
-               const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, const float* x, int64_t batch,
-               const float* bias, float* out, void* workspace) {
-    const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+               const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, int bits, const float* x,
+               int64_t batch, const float* bias, float* out, void* workspace) {
+    const Weight w{codes, scale, zero, rows, inputs, group, bits, scale_is_bf16 != 0};
 #if defined(__x86_64__)
-    if (level == 3 && batch >= kTiledBatch) return fast_tiled(threads, w, x, batch, bias, out, workspace);
+    const bool fits_tiles = w.bits == 4 || !w.zero;  // as signed bytes, less their zero points
+    if (level == 3 && batch >= kTiledBatch && fits_tiles) return fast_tiled(threads, w, x, batch, bias, out, workspace);
 #endif
-    const int64_t steps = w.steps();
+    const int64_t steps = w.steps(), scales = steps * (kStep / kScaled);
     float* floats = static_cast<float*>(workspace);
-    const Activations a{reinterpret_cast<int8_t*>(floats + batch * (steps + w.groups())), floats, floats + batch * steps};
+    const Activations a{reinterpret_cast<int8_t*>(floats + batch * (scales + w.groups())), floats,
+                        floats + batch * scales};
     const Kernels& k = kernels(level);
     pool().run(threads, batch, 4, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m)
-            k.quantize(x + m * inputs, inputs, group, a.values + m * steps * kStep, a.scale + m * steps,
+            k.quantize(w, x + m * inputs, a.values + m * steps * kStep, a.scale + m * scales,
                        a.group_sum + m * w.groups());
     });
     pool().run(threads, rows, chunk_rows(w, batch),
@@ -112,9 +115,9 @@ void int4_fast(int level, int threads, const uint8_t* codes, const uint16_t* sca
 
 // The same product with float32 activations.
 void int4_exact(int level, int threads, const uint8_t* codes, const uint16_t* scale, int scale_is_bf16,
-                const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, const float* x, int64_t batch,
-                const float* bias, float* out) {
-    const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+                const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, int bits, const float* x,
+                int64_t batch, const float* bias, float* out) {
+    const Weight w{codes, scale, zero, rows, inputs, group, bits, scale_is_bf16 != 0};
     const Kernels& k = kernels(level);
     pool().run(threads, rows, chunk_rows(w, batch),
                [&](int64_t begin, int64_t end) { k.exact(w, x, batch, bias, out, begin, end); });
@@ -122,9 +125,9 @@ void int4_exact(int level, int threads, const uint8_t* codes, const uint16_t* sc
 
 // out [stop - start, inputs] = rows start..stop of the weight in float32.
 void int4_dequantize(int level, int threads, const uint8_t* codes, const uint16_t* scale, int scale_is_bf16,
-                     const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, float* out, int64_t start,
-                     int64_t stop) {
-    const Weight w{codes, scale, zero, rows, inputs, group, scale_is_bf16 != 0};
+                     const int32_t* zero, int64_t rows, int64_t inputs, int64_t group, int bits, float* out,
+                     int64_t start, int64_t stop) {
+    const Weight w{codes, scale, zero, rows, inputs, group, bits, scale_is_bf16 != 0};
     const Kernels& k = kernels(level);
     pool().run(threads, stop - start, chunk_rows(w, 1), [&](int64_t begin, int64_t end) {
         k.dequantize(w, out + begin * inputs, start + begin, start + end);

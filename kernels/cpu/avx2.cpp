@@ -1,4 +1,5 @@
-// The int4 product with AVX2: u4 x s8 by maddubs. A pair is at most 2 x 15 x 127 = 3810, two fit 16 bits easily.
+// The product with AVX2: u4 x s8 by maddubs. A pair is at most 2 x 15 x 127 = 3810, two fit 16 bits easily. A pair of
+// 8-bit codes would not, so their nibbles are multiplied apart.
 #include <immintrin.h>
 
 #include "job.h"
@@ -8,8 +9,11 @@ namespace {
 constexpr int kTileRows = 1;
 constexpr int kTileBatch = 4;
 
-struct Codes {
-    __m256i low[2], high[2];
+struct Nibbles {
+    __m256i even[2], odd[2];
+};
+struct Bytes {
+    Nibbles low, high;
 };
 struct Sums {
     __m256i half[2];
@@ -19,32 +23,61 @@ struct Scales {
 };
 using Total = __m256;
 
-inline Codes load(const uint8_t* p) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    Codes codes;
-    for (int h = 0; h < 2; ++h) {
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + h);
-        codes.low[h] = _mm256_and_si256(pairs, mask);
-        codes.high[h] = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask);
+inline __m256i low_nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+
+inline __m256i high_nibbles(__m256i bytes) { return low_nibbles(_mm256_srli_epi16(bytes, 4)); }
+
+template <int B>
+inline auto load(const uint8_t* p) {
+    const __m256i* vectors = reinterpret_cast<const __m256i*>(p);
+    if constexpr (B == 4) {
+        Nibbles codes;
+        for (int h = 0; h < 2; ++h) {
+            const __m256i pairs = _mm256_loadu_si256(vectors + h);
+            codes.even[h] = low_nibbles(pairs);
+            codes.odd[h] = high_nibbles(pairs);
+        }
+        return codes;
+    } else {
+        const __m256i runs = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
+        Bytes codes;
+        for (int h = 0; h < 2; ++h) {
+            const __m256i first = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(vectors + 2 * h), runs);
+            const __m256i second = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(vectors + 2 * h + 1), runs);
+            const __m256i even = _mm256_permute2x128_si256(first, second, 0x20);
+            const __m256i odd = _mm256_permute2x128_si256(first, second, 0x31);
+            codes.low.even[h] = low_nibbles(even);
+            codes.low.odd[h] = low_nibbles(odd);
+            codes.high.even[h] = high_nibbles(even);
+            codes.high.odd[h] = high_nibbles(odd);
+        }
+        return codes;
     }
-    return codes;
 }
 
-inline Codes load_tail(const uint8_t* p, int64_t bytes) {
-    alignas(32) uint8_t padded[64] = {};
+template <int B>
+inline auto load_tail(const uint8_t* p, int64_t bytes) {
+    alignas(32) uint8_t padded[int4::kStepBytes<B>] = {};
     __builtin_memcpy(padded, p, bytes);
-    return load(padded);
+    return load<B>(padded);
 }
 
-inline Sums dot(const Codes& codes, const int8_t* x) {
+inline Sums dot(const Nibbles& codes, const int8_t* x) {
     const __m256i ones = _mm256_set1_epi16(1);
-    const __m256i* even = reinterpret_cast<const __m256i*>(x);
+    const __m256i* values = reinterpret_cast<const __m256i*>(x);
     Sums sums;
     for (int h = 0; h < 2; ++h) {
-        const __m256i low = _mm256_maddubs_epi16(codes.low[h], _mm256_loadu_si256(even + h));
-        const __m256i high = _mm256_maddubs_epi16(codes.high[h], _mm256_loadu_si256(even + 2 + h));
-        sums.half[h] = _mm256_madd_epi16(_mm256_add_epi16(low, high), ones);
+        const __m256i even = _mm256_maddubs_epi16(codes.even[h], _mm256_loadu_si256(values + h));
+        const __m256i odd = _mm256_maddubs_epi16(codes.odd[h], _mm256_loadu_si256(values + 2 + h));
+        sums.half[h] = _mm256_madd_epi16(_mm256_add_epi16(even, odd), ones);
     }
+    return sums;
+}
+
+inline Sums dot(const Bytes& codes, const int8_t* x) {
+    const Sums low = dot(codes.low, x), high = dot(codes.high, x);
+    Sums sums;
+    for (int h = 0; h < 2; ++h) sums.half[h] = _mm256_add_epi32(low.half[h], _mm256_slli_epi32(high.half[h], 4));
     return sums;
 }
 
@@ -57,10 +90,9 @@ inline Scales spread(const float* scale) {
     return scales;
 }
 
-inline Total add(Total total, const Sums& sums, const Scales& scales, float step_scale) {
-    const __m256 step = _mm256_set1_ps(step_scale);
+inline Total add(Total total, const Sums& sums, const Scales& scales, const Scales& x_scales) {
     for (int h = 0; h < 2; ++h)
-        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.half[h]), _mm256_mul_ps(scales.half[h], step), total);
+        total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.half[h]), _mm256_mul_ps(scales.half[h], x_scales.half[h]), total);
     return total;
 }
 

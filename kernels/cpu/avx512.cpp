@@ -1,4 +1,4 @@
-// The int4 product with AVX512-VNNI: 128 codes in two vpdpbusd.
+// The product with AVX512-VNNI: 128 codes in two vpdpbusd.
 #include <immintrin.h>
 
 #include "job.h"
@@ -9,7 +9,7 @@ constexpr int kTileRows = 2;
 constexpr int kTileBatch = 8;
 
 struct Codes {
-    __m512i low, high;
+    __m512i even, odd;
 };
 using Sums = __m512i;
 using Scales = __m512;
@@ -20,15 +20,35 @@ inline Codes split(__m512i pairs) {
     return {_mm512_and_si512(pairs, mask), _mm512_and_si512(_mm512_srli_epi16(pairs, 4), mask)};
 }
 
-inline Codes load(const uint8_t* p) { return split(_mm512_loadu_si512(p)); }
+// 128 codes of 8 bits, the even and the odd runs of four.
+inline Codes split(__m512i first, __m512i second) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return {_mm512_permutex2var_epi32(first, even, second), _mm512_permutex2var_epi32(first, odd, second)};
+}
 
+template <int B>
+inline Codes load(const uint8_t* p) {
+    if constexpr (B == 4)
+        return split(_mm512_loadu_si512(p));
+    else
+        return split(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64));
+}
+
+template <int B>
 inline Codes load_tail(const uint8_t* p, int64_t bytes) {
-    return split(_mm512_maskz_loadu_epi8((1ull << bytes) - 1, p));
+    if constexpr (B == 4) {
+        return split(_mm512_maskz_loadu_epi8((1ull << bytes) - 1, p));
+    } else {
+        const __mmask64 first = bytes >= 64 ? ~0ull : (1ull << bytes) - 1;
+        const __mmask64 second = bytes > 64 ? (1ull << (bytes - 64)) - 1 : 0;
+        return split(_mm512_maskz_loadu_epi8(first, p), _mm512_maskz_loadu_epi8(second, p + 64));
+    }
 }
 
 inline Sums dot(const Codes& codes, const int8_t* x) {
-    const Sums even = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.low, _mm512_loadu_si512(x));
-    return _mm512_dpbusd_epi32(even, codes.high, _mm512_loadu_si512(x + 64));
+    const Sums even = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.even, _mm512_loadu_si512(x));
+    return _mm512_dpbusd_epi32(even, codes.odd, _mm512_loadu_si512(x + 64));
 }
 
 template <int G>
@@ -41,9 +61,8 @@ inline Scales spread(const float* scale) {
     return _mm512_set1_ps(scale[0]);
 }
 
-inline Total add(Total total, Sums sums, Scales scales, float step_scale) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
-    return _mm512_fmadd_ps(scaled, _mm512_set1_ps(step_scale), total);
+inline Total add(Total total, Sums sums, Scales scales, Scales x_scales) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, x_scales), total);
 }
 
 inline float sum(Total total) { return _mm512_reduce_add_ps(total); }

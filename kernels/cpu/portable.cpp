@@ -1,4 +1,4 @@
-// The int4 product in plain C++, for any machine.
+// The product in plain C++, for any machine.
 #include "job.h"
 
 namespace {
@@ -7,7 +7,7 @@ constexpr int kTileRows = 1;
 constexpr int kTileBatch = 4;
 
 struct Codes {
-    uint8_t low[64], high[64];
+    uint8_t even[64], odd[64];
 };
 struct Sums {
     int32_t quarter[4];  // 32 codes each, the smallest group
@@ -17,21 +17,29 @@ struct Scales {
 };
 using Total = float;
 
+template <int B>
 inline Codes load_tail(const uint8_t* p, int64_t bytes) {
     Codes codes = {};
     for (int64_t i = 0; i < bytes; ++i) {
-        codes.low[i] = p[i] & 15;
-        codes.high[i] = p[i] >> 4;
+        if constexpr (B == 4) {
+            codes.even[i] = p[i] & 15;
+            codes.odd[i] = p[i] >> 4;
+        } else {
+            (i / 4 % 2 ? codes.odd : codes.even)[i / 8 * 4 + i % 4] = p[i];
+        }
     }
     return codes;
 }
 
-inline Codes load(const uint8_t* p) { return load_tail(p, 64); }
+template <int B>
+inline Codes load(const uint8_t* p) {
+    return load_tail<B>(p, int4::kStepBytes<B>);
+}
 
 inline Sums dot(const Codes& codes, const int8_t* x) {
     Sums sums = {};
     for (int q = 0; q < 4; ++q)
-        for (int i = 16 * q; i < 16 * q + 16; ++i) sums.quarter[q] += codes.low[i] * x[i] + codes.high[i] * x[i + 64];
+        for (int i = 16 * q; i < 16 * q + 16; ++i) sums.quarter[q] += codes.even[i] * x[i] + codes.odd[i] * x[i + 64];
     return sums;
 }
 
@@ -42,8 +50,8 @@ inline Scales spread(const float* scale) {
     return scales;
 }
 
-inline Total add(Total total, const Sums& sums, const Scales& scales, float step_scale) {
-    for (int q = 0; q < 4; ++q) total += float(sums.quarter[q]) * (scales.quarter[q] * step_scale);
+inline Total add(Total total, const Sums& sums, const Scales& scales, const Scales& x_scales) {
+    for (int q = 0; q < 4; ++q) total += float(sums.quarter[q]) * (scales.quarter[q] * x_scales.quarter[q]);
     return total;
 }
 

@@ -1,16 +1,16 @@
-// The product of rows of an int4 weight with a few activations, over lanes that an instruction set supplies.
+// The product of rows of a weight with a few activations, over lanes that an instruction set supplies.
 //
 // Included by portable.cpp, avx2.cpp and avx512.cpp inside an unnamed namespace, after each has defined
-//   Codes, load(p), load_tail(p, bytes)   64 bytes of codes split into nibbles
+//   load<B>(p), load_tail<B>(p, bytes)    128 codes of B bits, taken apart into even and odd runs
 //   Sums, dot(codes, x)                   integer sums of 128 products, still spread over lanes
 //   Scales, spread<G>(s)                  the float scales of the groups in a step, one for each lane of Sums
-//   Total, add(total, sums, scales, xs)   total + sums * scales * xs
+//   Total, add(total, sums, scales, xs)   total + sums * scales * xs, both for each lane
 //   kTileRows, kTileBatch                 how many rows and activations share the registers
 //
 // Every output is accumulated in the same order whatever the batch, the tile or the number of threads.
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kFarBytes = 16384, kNearBytes = 2048;
+constexpr int64_t kFarBytes = 16384, kNearBytes = 2048, kLineBytes = 64;
 
 // Ask for the weights some rows ahead into the second cache and for the next into the first. (Measured at one
 // activation, 2 threads, Granite Rapids: 81% of the read bandwidth, against 68% with the near one alone.)
@@ -50,11 +50,15 @@ inline float sum_products(const float* a, const float* b, int64_t count) {
     return total;
 }
 
+template <int B>
 inline int zero_of(const int4::Weight& w, int64_t row, int64_t group) {
-    return w.zero ? (uint32_t(w.zero[row / 8 * w.groups() + group]) >> (4 * (row % 8))) & 15 : 8;
+    constexpr int64_t kWord = 32 / B;
+    return w.zero ? (uint32_t(w.zero[row / kWord * w.groups() + group]) >> (B * (row % kWord))) & ((1 << B) - 1)
+                  : 1 << (B - 1);
 }
 
 // The scales of one row as floats, padded with zeros to whole steps, and each times its zero point.
+template <int B>
 void row_scales(const int4::Weight& w, int64_t row, float* scale, float* scale_zero) {
     const uint16_t* bits = w.scale + row * w.groups();
     if (w.scale_is_bf16)
@@ -63,65 +67,76 @@ void row_scales(const int4::Weight& w, int64_t row, float* scale, float* scale_z
         for (int64_t g = 0; g < w.groups(); ++g) scale[g] = fp16_to_float(bits[g]);
     for (int64_t g = w.groups(); g < w.groups() + 4; ++g) scale[g] = 0;
     if (w.zero)
-        for (int64_t g = 0; g < w.groups(); ++g) scale_zero[g] = scale[g] * float(zero_of(w, row, g));
+        for (int64_t g = 0; g < w.groups(); ++g) scale_zero[g] = scale[g] * float(zero_of<B>(w, row, g));
     else
-        for (int64_t g = 0; g < w.groups(); ++g) scale_zero[g] = scale[g] * 8;
+        for (int64_t g = 0; g < w.groups(); ++g) scale_zero[g] = scale[g] * (1 << (B - 1));
 }
 
-// Round x to signed bytes step by step. A step that holds NaN or infinity gets the scale NaN, and so does its output.
-void quantize(const float* x, int64_t inputs, int64_t group, int8_t* values, float* scale, float* group_sum) {
-    for (int64_t g = 0; g < inputs / group; ++g) group_sum[g] = 0;
-    for (int64_t start = 0; start < inputs; start += int4::kStep, values += int4::kStep, ++scale) {
-        float block[int4::kStep] = {}, top[kLanes] = {}, bad[kLanes] = {};
-        int64_t count = inputs - start < int4::kStep ? inputs - start : int4::kStep;
-        __builtin_memcpy(block, x + start, count * sizeof(float));
-        for (int64_t i = 0; i < int4::kStep; i += kLanes)
-            for (int64_t j = 0; j < kLanes; ++j) {
-                float magnitude = __builtin_fabsf(block[i + j]);
-                top[j] = magnitude > top[j] ? magnitude : top[j];
-                bad[j] += block[i + j] * 0.0f;
-            }
-        float largest = 0, finite = 0;
-        for (int64_t j = 0; j < kLanes; ++j) {
-            largest = top[j] > largest ? top[j] : largest;
-            finite += bad[j];
-        }
-        *scale = largest / 127 + finite;
-        float inverse = largest > 1e-30f && finite == 0 ? 127 / largest : 0;
-        int32_t rounded[int4::kStep];
-        for (int64_t i = 0; i < int4::kStep; ++i) rounded[i] = int32_t(__builtin_rintf(block[i] * inverse));
-        for (int64_t i = 0; i < int4::kStep / 2; ++i) {
-            values[i] = int8_t(rounded[2 * i]);
-            values[i + int4::kStep / 2] = int8_t(rounded[2 * i + 1]);
-        }
-        int64_t piece = group < int4::kStep ? group : int4::kStep;
-        for (int64_t i = 0; i < count; i += piece) {
-            int32_t sum = 0;
-            for (int64_t j = 0; j < piece && i + j < int4::kStep; ++j) sum += rounded[i + j];
-            group_sum[(start + i) / group] += float(sum) * *scale;
-        }
+// The even runs of k, then the odd ones.
+template <int Run>
+inline void arrange(const int32_t* rounded, int8_t* values) {
+    for (int64_t i = 0; i < int4::kStep / 2; ++i) {
+        const int64_t even = i / Run * 2 * Run + i % Run;
+        values[i] = int8_t(rounded[even]);
+        values[i + int4::kStep / 2] = int8_t(rounded[even + Run]);
     }
 }
 
-// R rows from `row` times T activations from `m`. G is 32, 64, 128, or 0 for one group a row.
-template <int G, int R, int T>
+// Round x to signed bytes, 32 under one scale. Of those that hold NaN or infinity the scale is NaN, and so is the output.
+void quantize(const int4::Weight& w, const float* x, int8_t* values, float* scale, float* group_sum) {
+    const int64_t inputs = w.inputs, group = w.group;
+    for (int64_t g = 0; g < inputs / group; ++g) group_sum[g] = 0;
+    for (int64_t start = 0; start < inputs; start += int4::kStep, values += int4::kStep) {
+        float block[int4::kStep] = {};
+        int32_t rounded[int4::kStep];
+        int64_t count = inputs - start < int4::kStep ? inputs - start : int4::kStep;
+        __builtin_memcpy(block, x + start, count * sizeof(float));
+        for (int64_t part = 0; part < int4::kStep; part += int4::kScaled, ++scale) {
+            float top[kLanes] = {}, bad[kLanes] = {};
+            for (int64_t i = part; i < part + int4::kScaled; i += kLanes)
+                for (int64_t j = 0; j < kLanes; ++j) {
+                    float magnitude = __builtin_fabsf(block[i + j]);
+                    top[j] = magnitude > top[j] ? magnitude : top[j];
+                    bad[j] += block[i + j] * 0.0f;
+                }
+            float largest = 0, finite = 0;
+            for (int64_t j = 0; j < kLanes; ++j) {
+                largest = top[j] > largest ? top[j] : largest;
+                finite += bad[j];
+            }
+            *scale = largest / 127 + finite;
+            float inverse = largest > 1e-30f && finite == 0 ? 127 / largest : 0;
+            int32_t sum = 0;
+            for (int64_t i = part; i < part + int4::kScaled; ++i) {
+                rounded[i] = int32_t(__builtin_rintf(block[i] * inverse));
+                sum += rounded[i];
+            }
+            if (part < count) group_sum[(start + part) / group] += float(sum) * *scale;
+        }
+        (w.bits == 4 ? arrange<1> : arrange<4>)(rounded, values);
+    }
+}
+
+// R rows from `row` times T activations from `m`. G is 32, 64, 128, or 0 for one group a row; B is the bits of a code.
+template <int B, int G, int R, int T>
 inline void tile(const int4::Weight& w, const int4::Activations& x, const float* scale, const float* scale_zero,
                  int64_t stride, const float* bias, float* out, int64_t row, int64_t m) {
-    const int64_t steps = w.steps(), whole = w.inputs / int4::kStep, tail_bytes = w.row_bytes() - whole * 64;
+    const int64_t steps = w.steps(), whole = w.inputs / int4::kStep, tail_bytes = w.row_bytes() - whole * int4::kStepBytes<B>;
     Total total[R][T] = {};
     for (int64_t s = 0; s < steps; ++s) {
-        Codes codes[R];
+        decltype(load<B>(nullptr)) codes[R];
         Scales scales[R];
         for (int r = 0; r < R; ++r) {
-            const uint8_t* p = w.codes + (row + r) * w.row_bytes() + s * 64;
-            if (T <= 2) prefetch(p);
-            codes[r] = s < whole ? load(p) : load_tail(p, tail_bytes);
+            const uint8_t* p = w.codes + (row + r) * w.row_bytes() + s * int4::kStepBytes<B>;
+            if (T <= 2)
+                for (int64_t line = 0; line < int4::kStepBytes<B>; line += kLineBytes) prefetch(p + line);
+            codes[r] = s < whole ? load<B>(p) : load_tail<B>(p, tail_bytes);
             scales[r] = spread<G>(scale + r * stride + (G ? s * (int4::kStep / (G ? G : 1)) : 0));
         }
         for (int t = 0; t < T; ++t) {
             const int8_t* values = x.values + ((m + t) * steps + s) * int4::kStep;
-            const float step_scale = x.scale[(m + t) * steps + s];
-            for (int r = 0; r < R; ++r) total[r][t] = add(total[r][t], dot(codes[r], values), scales[r], step_scale);
+            const Scales x_scales = spread<int4::kScaled>(x.scale + ((m + t) * steps + s) * (int4::kStep / int4::kScaled));
+            for (int r = 0; r < R; ++r) total[r][t] = add(total[r][t], dot(codes[r], values), scales[r], x_scales);
         }
     }
     for (int r = 0; r < R; ++r)
@@ -131,18 +146,18 @@ inline void tile(const int4::Weight& w, const int4::Activations& x, const float*
         }
 }
 
-template <int G, int R>
+template <int B, int G, int R>
 inline void row_block(const int4::Weight& w, const int4::Activations& x, int64_t m, int64_t m_end, const float* bias,
                       float* out, int64_t row, float* scratch, int64_t stride) {
     float *scale = scratch, *scale_zero = scratch + R * stride;
-    for (int r = 0; r < R; ++r) row_scales(w, row + r, scale + r * stride, scale_zero + r * stride);
+    for (int r = 0; r < R; ++r) row_scales<B>(w, row + r, scale + r * stride, scale_zero + r * stride);
     for (; m + kTileBatch <= m_end; m += kTileBatch)
-        tile<G, R, kTileBatch>(w, x, scale, scale_zero, stride, bias, out, row, m);
-    for (; m + 2 <= m_end; m += 2) tile<G, R, 2>(w, x, scale, scale_zero, stride, bias, out, row, m);
-    for (; m < m_end; ++m) tile<G, R, 1>(w, x, scale, scale_zero, stride, bias, out, row, m);
+        tile<B, G, R, kTileBatch>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    for (; m + 2 <= m_end; m += 2) tile<B, G, R, 2>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    for (; m < m_end; ++m) tile<B, G, R, 1>(w, x, scale, scale_zero, stride, bias, out, row, m);
 }
 
-template <int G>
+template <int B, int G>
 void fast_rows(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
                int64_t begin, int64_t end) {
     const int64_t stride = w.groups() + 4;
@@ -152,44 +167,57 @@ void fast_rows(const int4::Weight& w, const int4::Activations& x, int64_t batch,
         int64_t row = begin;
         if (m_end - m > 1)  // a single activation is bound by memory, which one row at a time streams best
             for (; row + kTileRows <= end; row += kTileRows)
-                row_block<G, kTileRows>(w, x, m, m_end, bias, out, row, scratch, stride);
-        for (; row < end; ++row) row_block<G, 1>(w, x, m, m_end, bias, out, row, scratch, stride);
+                row_block<B, G, kTileRows>(w, x, m, m_end, bias, out, row, scratch, stride);
+        for (; row < end; ++row) row_block<B, G, 1>(w, x, m, m_end, bias, out, row, scratch, stride);
     }
     delete[] scratch;
 }
 
-void fast(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
-          int64_t begin, int64_t end) {
-    auto rows = w.group == w.inputs ? fast_rows<0>
-                : w.group == 32     ? fast_rows<32>
-                : w.group == 64     ? fast_rows<64>
-                                    : fast_rows<128>;
+template <int B>
+void fast_groups(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
+                 int64_t begin, int64_t end) {
+    auto rows = w.group == w.inputs ? fast_rows<B, 0>
+                : w.group == 32     ? fast_rows<B, 32>
+                : w.group == 64     ? fast_rows<B, 64>
+                                    : fast_rows<B, 128>;
     rows(w, x, batch, bias, out, begin, end);
 }
 
+void fast(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
+          int64_t begin, int64_t end) {
+    (w.bits == 4 ? fast_groups<4> : fast_groups<8>)(w, x, batch, bias, out, begin, end);
+}
+
+template <int B>
 void dequantize_row(const int4::Weight& w, int64_t row, float* out) {
     const uint8_t* codes = w.codes + row * w.row_bytes();
     for (int64_t g = 0; g < w.groups(); ++g) {
         const uint16_t bits = w.scale[row * w.groups() + g];
         const float scale = w.scale_is_bf16 ? bf16_to_float(bits) : fp16_to_float(bits);
-        const int zero = zero_of(w, row, g);
-        for (int64_t i = 0; i < w.group / 2; ++i) {
-            const uint8_t pair = codes[g * w.group / 2 + i];
-            out[g * w.group + 2 * i] = float(int(pair & 15) - zero) * scale;
-            out[g * w.group + 2 * i + 1] = float(int(pair >> 4) - zero) * scale;
+        const int zero = zero_of<B>(w, row, g);
+        if constexpr (B == 4) {
+            for (int64_t i = 0; i < w.group / 2; ++i) {
+                const uint8_t pair = codes[g * w.group / 2 + i];
+                out[g * w.group + 2 * i] = float(int(pair & 15) - zero) * scale;
+                out[g * w.group + 2 * i + 1] = float(int(pair >> 4) - zero) * scale;
+            }
+        } else {
+            for (int64_t k = g * w.group; k < (g + 1) * w.group; ++k) out[k] = float(int(codes[k]) - zero) * scale;
         }
     }
 }
 
 void dequantize(const int4::Weight& w, float* out, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) dequantize_row(w, row, out + (row - begin) * w.inputs);
+    const auto dequantize_one = w.bits == 4 ? dequantize_row<4> : dequantize_row<8>;
+    for (int64_t row = begin; row < end; ++row) dequantize_one(w, row, out + (row - begin) * w.inputs);
 }
 
 void exact(const int4::Weight& w, const float* x, int64_t batch, const float* bias, float* out, int64_t begin,
            int64_t end) {
+    const auto dequantize_one = w.bits == 4 ? dequantize_row<4> : dequantize_row<8>;
     float* values = new float[w.inputs];
     for (int64_t row = begin; row < end; ++row) {
-        dequantize_row(w, row, values);
+        dequantize_one(w, row, values);
         for (int64_t m = 0; m < batch; ++m)
             out[m * w.rows + row] = sum_products(values, x + m * w.inputs, w.inputs) + (bias ? bias[row] : 0);
     }
@@ -199,7 +227,7 @@ void exact(const int4::Weight& w, const float* x, int64_t batch, const float* bi
 // Touch every byte once, in order: what memory gives to a loop that does nothing else.
 int64_t read(const uint8_t* data, int64_t bytes) {
     int64_t lanes[8] = {};
-    for (int64_t i = 0; i + 64 <= bytes; i += 64) {
+    for (int64_t i = 0; i + kLineBytes <= bytes; i += kLineBytes) {
         prefetch(data + i);
         int64_t words[8];
         __builtin_memcpy(words, data + i, 64);
