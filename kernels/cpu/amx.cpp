@@ -4,6 +4,9 @@
 // point left to correct for; asymmetric ones of 8 bits do not fit and are left to the other kernels. 16 rows are
 // unpacked once into the layout of tiles, and then meet every activation. The integer sums of a step (a scale group, or
 // 128 codes) leave the tile, are scaled, and are accumulated in 16 registers of floats.
+//
+// Rounding activations 128 at a time costs the embedded model 0.23% of perplexity (WikiText-2, 8 windows). Tiles of
+// bfloat16 would cost next to nothing, but ran at 0.55 to 0.6 of this speed (128 and 512 activations, 4096 x 4096).
 #include <immintrin.h>
 
 #include "amx.h"
