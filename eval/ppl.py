@@ -172,7 +172,7 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, default=2048, help="tokens of a window")
     add("--stride", type=int, help="tokens from window to window; default: the window")
     add("--limit-windows", type=int, metavar="N", help="only the first N windows")
-    add("--backend", choices=["exact", "fast"], default="exact", help="activations of quantized layers: float32, or int8")
+    add("--backend", choices=["exact", "fast"], default="exact", help="activations of packed layers: float32, or int8")
 
 
 def check_protocol(options: argparse.Namespace) -> None:
