@@ -21,8 +21,8 @@ from kernels.packed import PackedWeight, codes_per_word
 from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
 from offload.errors import CheckpointError, UsageError
 from offload.linear import PackedLinear
-from offload.memory import Arena, FileReader, resident_memory_bytes, trim_memory
-from offload.placement import Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
+from offload.memory import Arena, FileReader, own_memory_bytes, trim_memory
+from offload.placement import CODE_BYTES, Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
 from offload.skeleton import assign, build_skeleton, read_config
 from offload.transfer import Slots, read_blob
 
@@ -92,7 +92,7 @@ def load(
     widening = element.element_size() / 2
     trim_memory()
     needs = Needs(
-        runtime_bytes=resident_memory_bytes(),
+        runtime_bytes=own_memory_bytes() + CODE_BYTES,
         fixed_bytes=int(sum(blob.nbytes for blob in fixed) * widening),
         cache_bytes=cache_bytes(config, context_tokens, element.element_size()),
         activation_bytes=activation_bytes(config, min(context_tokens, prefill_chunk_tokens)),

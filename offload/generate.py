@@ -99,14 +99,18 @@ def _prompt(options: argparse.Namespace) -> str:
 def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None) -> Report:
     """Load, print the plan, stream the answer to stdout, and measure."""
     import torch
+
+    from offload.memory import peak_memory_bytes, trim_memory
+
+    trim_memory()  # between imports too: the peak is to be that of the run
     from transformers import TextStreamer
 
     from offload.executor import executor_of, load
-    from offload.memory import peak_memory_bytes
     from offload.placement import describe
     from offload.skeleton import read_config
     from offload.text import load_tokenizer
 
+    trim_memory()
     _check_checkpoint(options.model)
     tokenizer = load_tokenizer(options.model)
     tokens = _encode(tokenizer, prompt, options)

@@ -17,7 +17,7 @@ from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load
-from offload.memory import resident_memory_bytes
+from offload.memory import own_memory_bytes
 from offload.placement import Placement, plan
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
@@ -178,5 +178,5 @@ def test_device_map_and_plan_agree(tiny_checkpoint: Path, monkeypatch: pytest.Mo
         assert model.hf_device_map["model.layers.0"] == "disk"
         assert set(executor_of(model).placement.tiers) == {"disk"}
     assert load(tiny_checkpoint).hf_device_map["model.layers.0"] == "cpu"
-    resident = load(tiny_checkpoint, cpu_memory=resident_memory_bytes() + (1 << 30))
+    resident = load(tiny_checkpoint, cpu_memory=own_memory_bytes() + (1 << 30))
     assert executor_of(resident).placement.disk_bytes == 0

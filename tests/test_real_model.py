@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.executor import executor_of, load
-from offload.memory import resident_memory_bytes
+from offload.memory import own_memory_bytes
+from offload.placement import CODE_BYTES
 from offload.source import resolve_model
 from offload.text import load_text, tokenize
 
@@ -82,7 +83,7 @@ def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]
     resident = load(checkpoints["awq"])
     needs = executor_of(resident).placement.needs
     room = needs.around_bytes - needs.runtime_bytes + 9 * max(needs.layers_bytes)
-    streamed = load(checkpoints["awq"], cpu_memory=resident_memory_bytes() + room)
+    streamed = load(checkpoints["awq"], cpu_memory=own_memory_bytes() + CODE_BYTES + room)
     with torch.inference_mode():
         assert "disk" in executor_of(streamed).placement.tiers
         assert torch.equal(streamed(tokens[None]).logits, resident(tokens[None]).logits)
