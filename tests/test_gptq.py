@@ -1,0 +1,248 @@
+"""GPTQ against a float64 reference that goes column by column; never worse than rounding; singular inputs."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from offload.checkpoint import Checkpoint
+from quant import gptq
+from quant.awq import AwqSettings, search_clip
+from quant.gptq import Gptq, GptqSettings, Hessian, observe, propagate, round_columns, round_weight
+from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
+from quant.layer import LayerInputs, Moments, inputs_of, linears, moments
+from quant.scale_groups import sets_by_input
+from tests.test_awq import Layer, explicit_loss
+from tests.test_walk import awq_flags, contents, stop_before
+
+SEARCH = AwqSettings(scale_points=4, clip_points=7, clip_floor=0.5, search_samples=8)
+
+
+def correlated_inputs(width: int, tokens: int = 300) -> Tensor:
+    """Return correlated inputs x [T, K] in float64, of which some channels are loud."""
+    x_TK = torch.randn(tokens, width) @ (torch.eye(width) + 0.3 * torch.randn(width, width))
+    return (x_TK * torch.exp(torch.randn(width))).double()
+
+
+def gram_of(x_TK: Tensor) -> Tensor:
+    return x_TK.T @ x_TK / len(x_TK)
+
+
+def reference_values(weight: Tensor, gram: Tensor, parameters: Parameters, group_size: int, damping: float) -> Tensor:
+    """GPTQ as its equations 2 and 3 say it: one column at a time, the inverse Hessian cut down after each. Float64."""
+    remaining = gram.diagonal().argsort(descending=True, stable=True).tolist()
+    hessian = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    weight, rounded = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    while remaining:
+        column, inverse = remaining[0], torch.linalg.inv(hessian[remaining][:, remaining])
+        scale = parameters.scale[:, column // group_size].double()
+        zero = parameters.zero[:, column // group_size].double()
+        code = (weight[:, column] / scale + zero).round().clamp(0, 15)
+        rounded[:, column] = (code - zero) * scale
+        error = (weight[:, column] - rounded[:, column]) / inverse[0, 0]
+        weight[:, remaining] -= error[:, None] * inverse[0]
+        remaining = remaining[1:]
+    return rounded
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "width", "group_size"), [(7, 96, 32), (1, 64, 64), (33, 192, 64), (5, 160, None)])
+def test_rounding_equals_the_reference(rows: int, width: int, group_size: int | None, symmetric: bool) -> None:
+    grid, weight, gram = Grid(group_size, symmetric), torch.randn(rows, width), gram_of(correlated_inputs(width))
+    parameters = minmax(weight, grid)
+    found = round_columns(weight.double(), Hessian.of(gram, 0.01), parameters, grid)
+    expected = reference_values(weight, gram, parameters, grid.group(width), 0.01)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found.float(), fake_quantize(weight, parameters, grid))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounding_to_nearest_recovers_the_codes(symmetric: bool) -> None:
+    """The walk packs by rounding to nearest, and must find what was chosen here, in any order of columns."""
+    grid, weight, gram = Grid(32, symmetric), torch.randn(24, 128), gram_of(correlated_inputs(128))
+    parameters, rounded = round_weight(weight, Hessian.of(gram, 0.01), grid, SEARCH)
+    code = codes(rounded, parameters, grid)
+    assert torch.equal(values(code, parameters), rounded)
+    assert not torch.equal(code, codes(weight, parameters, grid))
+    expected = reference_values(weight, gram, parameters, 32, 0.01)
+    carried = (rounded.double() == expected).all(1)
+    assert carried.float().mean() > 0.9
+    assert torch.equal(rounded[~carried], fake_quantize(weight, parameters, grid)[~carried])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, None])
+def test_no_row_is_worse_than_nearest_rounding(group_size: int | None, symmetric: bool) -> None:
+    grid, weight, x_TK = Grid(group_size, symmetric), torch.randn(40, 128), correlated_inputs(128)
+    gram = gram_of(x_TK)
+    parameters, rounded = round_weight(weight, Hessian.of(gram, 0.01), grid, SEARCH)
+    clipped = search_clip(weight, Moments(gram.float(), gram.float().diagonal()), grid, SEARCH)
+    nearest = fake_quantize(weight, clipped, grid)
+    assert torch.equal(parameters.scale, clipped.scale)
+    for row in range(len(weight)):
+        losses = [explicit_loss((w - weight)[row : row + 1], x_TK) for w in (rounded, nearest)]
+        assert losses[0] <= losses[1] * (1 + 1e-9)
+    assert explicit_loss(rounded - weight, x_TK) < 0.7 * explicit_loss(nearest - weight, x_TK)
+
+
+def test_rows_that_carrying_makes_worse_are_rounded_to_nearest() -> None:
+    grid, weight, gram = Grid(32, True), torch.randn(64, 64), gram_of(correlated_inputs(64))
+    hessian = Hessian.of(gram, 0.01)
+    wrong = Hessian(gram, hessian.order, hessian.factor.abs(), hessian.damping)
+    parameters, rounded = round_weight(weight, wrong, grid, SEARCH)
+    nearest = fake_quantize(weight, parameters, grid)
+    carried = round_columns(weight.double(), wrong, parameters, grid)
+    worse = hessian.loss(carried - weight) > hessian.loss(nearest.double() - weight)
+    assert worse.any()
+    assert torch.equal(rounded[worse], nearest[worse])
+    assert torch.equal(rounded[~worse], carried[~worse].float())
+
+
+def test_dead_channels_are_rounded_to_nearest_and_move_nothing() -> None:
+    grid, weight, x_TK = Grid(32, False), torch.randn(12, 96), correlated_inputs(96)
+    dead = torch.zeros(96, dtype=torch.bool)
+    dead[[0, 31, 40, 95]] = True
+    x_TK[:, dead] = 0
+    parameters = minmax(weight, grid)
+    hessian = Hessian.of(gram_of(x_TK), 0.01)
+    rounded = round_columns(weight.double(), hessian, parameters, grid)
+    nearest = fake_quantize(weight, parameters, grid).double()
+    assert torch.equal(rounded[:, dead], nearest[:, dead])
+    other = weight.double().clone()
+    other[:, dead] *= -0.5
+    assert torch.equal(round_columns(other, hessian, parameters, grid)[:, ~dead], rounded[:, ~dead])
+    silent = round_columns(weight.double(), Hessian.of(torch.zeros(96, 96).double(), 0.01), parameters, grid)
+    assert torch.equal(silent, nearest)
+
+
+def test_damping_is_raised_until_the_gram_can_be_factorised() -> None:
+    x_TK = correlated_inputs(64, tokens=3)
+    singular = gram_of(x_TK)
+    found = Hessian.of(singular, 0.0)
+    assert 1e-6 < found.damping < 1e-3
+    assert torch.isfinite(found.factor).all()
+    indefinite = singular - 0.2 * singular.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    raised = Hessian.of(indefinite, 0.01)
+    assert raised.damping == pytest.approx(1.0)
+    ordered = indefinite[raised.order][:, raised.order]
+    damped = ordered + raised.damping * indefinite.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    product = raised.factor.T @ raised.factor @ damped
+    torch.testing.assert_close(product, torch.eye(64).double(), rtol=0, atol=1e-9)
+
+
+def test_propagation_is_the_regression_of_what_the_inputs_lost() -> None:
+    """With the whole share and no damping, W* x' is the least-squares answer to W x."""
+    x0_TK = correlated_inputs(24)
+    x_TK = x0_TK + 0.3 * torch.randn(300, 24).double() @ torch.randn(24, 24).double()
+    weight = torch.randn(9, 24)
+    hessian = Hessian.of(gram_of(x_TK), 1e-12)
+    found = propagate(weight, hessian, x0_TK.T @ x_TK / 300, 1.0)
+    expected = torch.linalg.lstsq(x_TK, x0_TK @ weight.double().T).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    half = propagate(weight, hessian, x0_TK.T @ x_TK / 300, 0.5)
+    torch.testing.assert_close(half, (found + weight) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(propagate(weight, hessian, hessian.gram, 1.0), weight)
+
+
+@pytest.fixture
+def layer() -> Layer:
+    return Layer().requires_grad_(False)
+
+
+def layer_inputs(samples: int = 6) -> LayerInputs:
+    hidden_STD = torch.randn(samples, 16, 64)
+    return LayerInputs(hidden_STD, {}, original_STD=hidden_STD + 0.1 * torch.randn(samples, 16, 64))
+
+
+def test_linears_come_in_sets_in_order_of_execution(layer: Layer) -> None:
+    assert sets_by_input(layer, layer_inputs(), list(linears(layer))) == [("mlp.gate", "mlp.up"), ("mlp.down",)]
+    assert sets_by_input(layer, layer_inputs(), ["mlp.down", "mlp.up"]) == [("mlp.up",), ("mlp.down",)]
+    layer.mlp.spare = nn.Linear(64, 64)
+    assert sets_by_input(layer, layer_inputs(), list(linears(layer)))[-1] == ("mlp.spare",)
+
+
+def test_observed_moments_are_those_of_both_models(layer: Layer) -> None:
+    inputs, original = layer_inputs(), copy.deepcopy(layer)
+    layer.mlp.gate.weight.data *= 1.1
+    gram, cross = observe(layer, original, inputs, "mlp.down")
+    torch.testing.assert_close(gram.float(), moments(layer, inputs, ["mlp.down"])["mlp.down"].gram)
+    x_TK = torch.cat(list(inputs_of(layer, inputs, "mlp.down"))).double()
+    x0_TK = torch.cat(list(inputs_of(original, inputs.original(), "mlp.down"))).double()
+    assert cross is not None
+    torch.testing.assert_close(cross, x0_TK.T @ x_TK / len(x_TK), rtol=1e-4, atol=1e-5)
+    assert observe(layer, None, inputs, "mlp.down")[1] is None
+
+
+def test_inputs_of_run_no_further_than_the_linear(layer: Layer) -> None:
+    layer.mlp.down.register_forward_pre_hook(lambda *_: pytest.fail("ran on"))
+    assert sum(len(x_TK) for x_TK in inputs_of(layer, layer_inputs(), "mlp.gate")) == 6 * 16
+
+
+def test_what_is_never_called_and_what_is_not_finite_are_errors(layer: Layer) -> None:
+    layer.mlp.spare = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"mlp\.spare: not called by any calibration sample"):
+        observe(layer, None, layer_inputs(), "mlp.spare")
+    inputs = layer_inputs()
+    inputs.hidden_STD[0, 0, 0] = float("inf")
+    with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
+        observe(layer, None, inputs, "mlp.gate")
+
+
+@pytest.mark.parametrize(
+    "settings", [GptqSettings(search=SEARCH), GptqSettings(propagation=0, scale=False, search=SEARCH)]
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_set_is_rounded_on_what_the_earlier_sets_give(
+    layer: Layer, settings: GptqSettings, symmetric: bool
+) -> None:
+    grid, inputs, names = Grid(32, symmetric), layer_inputs(), list(linears(layer))
+    method, before = Gptq(settings), copy.deepcopy(layer)
+    found, report = method.quantize_layer(layer, inputs, names, grid, 16)
+    assert list(found) == ["mlp.gate", "mlp.up", "mlp.down"]
+    assert bool(report) == settings.scale
+    for name in names:
+        weight = layer.get_parameter(f"{name}.weight").data
+        assert torch.equal(fake_quantize(weight, found[name], grid), weight)
+    if not settings.scale:
+        gram, _ = observe(layer, None, inputs, "mlp.down")
+        _, expected = round_weight(before.mlp.down.weight, Hessian.of(gram, settings.damping), grid, SEARCH)
+        assert torch.equal(layer.mlp.down.weight, expected)
+    reference = inputs.original().run(before)
+    nearest = copy.deepcopy(before)
+    for name in names:
+        plain = nearest.get_parameter(f"{name}.weight")
+        plain.data = fake_quantize(plain.data, minmax(plain.data, grid), grid)
+    error, rtn_error = (float((inputs.run(other) - reference).square().sum()) for other in (layer, nearest))
+    assert error < rtn_error
+
+
+def gptq_run(model: Path, text: Path, output: Path, *more: str) -> int:
+    return gptq.main(awq_flags(model, text, output, *more))
+
+
+@pytest.mark.parametrize("flags", [[], ["--tier", "fast", "--asymmetric"]])
+def test_resumed_it_is_the_same(tiny_model: Path, calibration_text: Path, tmp_path: Path, flags: list[str]) -> None:
+    whole, resumed = tmp_path / "whole" / "out", tmp_path / "resumed" / "out"
+    assert gptq_run(tiny_model, calibration_text, whole, *flags) == 0
+    for index in (1, 3, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_before(index, patch)
+            assert gptq_run(tiny_model, calibration_text, resumed, *flags) == 1
+    assert gptq_run(tiny_model, calibration_text, resumed, *flags) == 0
+    assert contents(resumed) == contents(whole)
+
+
+def test_the_command_beats_round_to_nearest_and_records_its_settings(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gptq_run(tiny_model, calibration_text, tmp_path / "out", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["method"] == "gptq"
+    assert result["error"] < result["rtn_error"]
+    recipe = Checkpoint.open(tmp_path / "out").recipe
+    assert recipe.settings == Gptq(GptqSettings()).settings_json()
+    assert load_file(tmp_path / "out" / "model-00002-of-00005.safetensors")
