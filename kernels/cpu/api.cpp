@@ -70,7 +70,7 @@ int64_t chunk_rows(const Weight& w, int64_t batch) {
 
 extern "C" {
 
-// The best level this processor has: 3 AVX512-VNNI with AMX, 2 AVX512-VNNI, 1 AVX2 with FMA and F16C, 0 plain C++.
+// The best level this processor has: 3 AVX512-VNNI with AMX, 2 AVX512-VNNI, 1 AVX2 with FMA, 0 plain C++.
 int int4_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -10,8 +10,8 @@ constexpr int64_t kStep = 128;
 template <int B>
 constexpr int64_t kStepBytes = kStep * B / 8;
 
-// Activations under one scale: the smallest weight group. With 128 the perplexity of the embedded model rises by 0.23%
-// over the exact product, with 64 by 0.21%, with 32 by 0.09%.
+// Activations under one scale: the smallest weight group. Rounded so before an exact product they cost the embedded model
+// 0.09% of perplexity, 64 under one scale 0.21% (WikiText-2, 8 windows); 128 cost 0.23% in the tiles of amx.cpp.
 constexpr int64_t kScaled = 32;
 
 struct Weight {
