@@ -35,7 +35,7 @@ def dequant_matmul_cpu(
     on neither the batch nor the number of threads, with two exceptions in the last bits: an exact product of more than
     8 activations, which torch multiplies, and with AMX whether the batch has 6 activations, from where on it is tiled.
     """
-    library = _library()
+    library = compiled_library()
     rows = x.reshape(-1, weight.in_features)
     if library is None:
         y = _builtin(rows, weight) if mode == "fast" else rows.float() @ dequantize(weight).T
@@ -49,12 +49,12 @@ def dequant_matmul_cpu(
 
 def cpu_backend() -> str:
     """Name what multiplies on this machine: "cpu-avx512-vnni", "cpu-avx2", "cpu-portable" or "torch"."""
-    return "torch" if _library() is None else f"cpu-{LEVELS[cpu_level()]}"
+    return "torch" if compiled_library() is None else f"cpu-{LEVELS[cpu_level()]}"
 
 
 def dequantize_cpu(weight: PackedWeight, start: int, stop: int) -> Tensor:
     """Return rows start..stop of W in float32, as `kernels.packed.dequantize` gives them, faster."""
-    library = _library()
+    library = compiled_library()
     if library is None:
         return dequantize(weight)[start:stop]
     return _dequantize_rows(library, weight, start, stop, cpu_level())
@@ -62,7 +62,7 @@ def dequantize_cpu(weight: PackedWeight, start: int, stop: int) -> Tensor:
 
 def read_seconds(buffer: Tensor) -> float:
     """Return the seconds that reading a uint8 tensor once takes with all of torch's threads."""
-    library = _library()
+    library = compiled_library()
     if library is None:
         raise RuntimeError("measuring the read bandwidth needs the compiled kernels")
     seconds: float = library.int4_read_seconds(cpu_level(), torch.get_num_threads(), buffer.data_ptr(), buffer.nbytes)
@@ -70,7 +70,8 @@ def read_seconds(buffer: Tensor) -> float:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def compiled_library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, None (said once, with the reason) where there are none."""
     try:
         library = load_library()
     except BuildError as error:
@@ -93,7 +94,7 @@ def _library() -> ctypes.CDLL | None:
 @cache
 def cpu_level() -> int:
     """Return the index in LEVELS of the best instruction set this machine has; 0 without the compiled kernel."""
-    library = _library()
+    library = compiled_library()
     return 0 if library is None else int(library.int4_level())
 
 

@@ -306,7 +306,7 @@ def test_without_a_library_torch_multiplies_what_it_can(
     def refuse(*arguments: Any) -> Tensor:
         raise AssertionError("torch's own int4 operation takes this shape")
 
-    monkeypatch.setattr(cpu_matmul, "_library", lambda: None)
+    monkeypatch.setattr(cpu_matmul, "compiled_library", lambda: None)
     monkeypatch.setattr(cpu_matmul, "dequantize", refuse)
     found = dequant_matmul_cpu(x, weight, bias, "fast")
     assert found.dtype == dtype
@@ -333,7 +333,7 @@ def test_without_a_library_the_rest_is_dequantised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = random_weight(N, K, group_size, scale_dtype=scale_dtype, bits=bits)
-    monkeypatch.setattr(cpu_matmul, "_library", lambda: None)
+    monkeypatch.setattr(cpu_matmul, "compiled_library", lambda: None)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, bias = torch.randn(5, K).to(dtype), torch.randn(N).to(dtype)
         found = dequant_matmul_cpu(x, weight, bias, mode)
@@ -349,7 +349,7 @@ def test_why_torch_multiplies_is_said_once(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     weight = random_weight(33, 96, 32)
-    cpu_matmul._library.cache_clear()
+    cpu_matmul.compiled_library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="kernels.cpu_matmul"):
             for _ in range(2):
@@ -358,7 +358,7 @@ def test_why_torch_multiplies_is_said_once(
         with pytest.raises(RuntimeError, match="read bandwidth needs the compiled kernels"):
             read_seconds(torch.zeros(64, dtype=torch.uint8))
     finally:
-        cpu_matmul._library.cache_clear()
+        cpu_matmul.compiled_library.cache_clear()
     assert caplog.messages == [
         "int4 products run through torch, several times slower: no C++ compiler (c++, g++ or clang++) on the PATH"
     ]
@@ -485,7 +485,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
     monkeypatch.setattr(kernels.cpu_build, "build", cut_short)
     with pytest.raises(BuildError, match=r"^cannot load .*int4-[0-9a-f]{16}\.so: .*; delete it"):
         load_library()
-    assert cpu_matmul._library.__wrapped__() is None
+    assert cpu_matmul.compiled_library.__wrapped__() is None
     assert "cannot load" in caplog.text
 
 

@@ -19,15 +19,6 @@ namespace {
 constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int64_t kBatchedChunkRows = 32;
 
-const Kernels& kernels(int level) {
-#if defined(__x86_64__)
-    if (level >= 2) return avx512_kernels;
-    if (level == 1) return avx2_kernels;
-#endif
-    (void)level;
-    return portable_kernels;
-}
-
 // From this many activations on tiles are faster, although they are only part full.
 constexpr int64_t kTiledBatch = 6;
 

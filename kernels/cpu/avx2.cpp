@@ -2,7 +2,7 @@
 // 8-bit codes would not, so their nibbles are multiplied apart.
 #include <immintrin.h>
 
-#include "job.h"
+#include "decoder.h"
 
 namespace {
 
@@ -104,8 +104,11 @@ inline float sum(Total total) {
 
 #include "rows.h"
 
+#include "lanes.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels avx2_kernels = {quantize, fast, exact, dequantize, read};
+extern const DecoderKernels avx2_decoder = {widen, narrow, normalize, gate, attend};
 }

@@ -1,7 +1,7 @@
 // The product with AVX512-VNNI: 128 codes in two vpdpbusd.
 #include <immintrin.h>
 
-#include "job.h"
+#include "decoder.h"
 
 namespace {
 
@@ -69,8 +69,11 @@ inline float sum(Total total) { return _mm512_reduce_add_ps(total); }
 
 #include "rows.h"
 
+#include "lanes.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels avx512_kernels = {quantize, fast, exact, dequantize, read};
+extern const DecoderKernels avx512_decoder = {widen, narrow, normalize, gate, attend};
 }

@@ -50,4 +50,13 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
+inline const Kernels& kernels(int level) {
+#if defined(__x86_64__)
+    if (level >= 2) return avx512_kernels;
+    if (level == 1) return avx2_kernels;
+#endif
+    (void)level;
+    return portable_kernels;
+}
+
 }  // namespace int4

@@ -1,5 +1,5 @@
 // The product in plain C++, for any machine.
-#include "job.h"
+#include "decoder.h"
 
 namespace {
 
@@ -59,8 +59,11 @@ inline float sum(Total total) { return total; }
 
 #include "rows.h"
 
+#include "lanes.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels portable_kernels = {quantize, fast, exact, dequantize, read};
+extern const DecoderKernels portable_decoder = {widen, narrow, normalize, gate, attend};
 }
