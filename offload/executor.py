@@ -5,7 +5,8 @@ weights are attached, views of the memory they were read into, and just after th
 model is touched, so `generate()`, beams, streamers and assisted decoding work on it as on any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from kernels.matmul import Mode
 from kernels.packed import PackedWeight, codes_per_word
 from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
 from offload.errors import CheckpointError, UsageError
+from offload.fused import fuse
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, own_memory_bytes, trim_memory
 from offload.placement import CODE_BYTES, Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
@@ -33,26 +35,29 @@ _PACKED, _SCALE, _ZERO, _SHAPE = ".weight_packed", ".weight_scale", ".weight_zer
 class LayerView:
     """One layer's tensors as they lie in one arena, each with the place in the model it is for.
 
-    packed: linears and their weights. others: tables of parameters or buffers, the key in each, the tensor, and the
-    dtype it is wanted in.
+    packed: linears and their weights. others: tables of parameters or buffers, the key in each, and the tensor there.
+    converted: those of them that are wanted in another dtype, and the tensors of the arena that they are filled from.
     """
 
     packed: tuple[tuple[PackedLinear, PackedWeight], ...]
-    others: tuple[tuple[dict[str, Any], str, Tensor, torch.dtype], ...]
+    others: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    converted: tuple[tuple[Tensor, Tensor], ...]
 
     def attach(self) -> None:
         """Put every tensor in its place."""
         for linear, weight in self.packed:
             linear.packed = weight
-        for table, key, tensor, dtype in self.others:
-            table[key] = tensor if tensor.dtype == dtype else tensor.to(dtype)
+        for target, source in self.converted:
+            target.copy_(source)
+        for table, key, tensor in self.others:
+            table[key] = tensor
 
     def detach(self) -> None:
         """Leave nothing behind that could be read after the arena has another layer in it."""
         for linear, _ in self.packed:
             linear.packed = None
-        for table, key, tensor, dtype in self.others:
-            table[key] = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        for table, key, tensor in self.others:
+            table[key] = torch.empty_like(tensor, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ def load(
     for blob in fixed:
         executor.attach_fixed(blob)
     model.tie_weights()
+    fuse(model, executor.layers, executor.in_memory)
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
     model._streaming = executor
     model.hf_device_map = {"": "cpu"} | {
@@ -154,6 +160,25 @@ class Executor:
         self.streamed_blobs = streamed
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        return [self.model.get_submodule(blob.module) for blob in self.blobs]
+
+    @contextmanager
+    def in_memory(self, index: int) -> Iterator[None]:
+        """Have the weights of decoder layer `index` attached for a while."""
+        blob = self.blobs[index]
+        if blob not in self.streamed_blobs:
+            yield
+            return
+        position, layer = self.streamed_blobs.index(blob), self.model.get_submodule(blob.module)
+        self._before(position, layer, ())
+        try:
+            yield
+        finally:
+            self._after(position, layer, (), None)
+
+    @property
     def stats(self) -> StreamingStats:
         """Counters since loading."""
         if self.slots is None:
@@ -196,7 +221,8 @@ class Executor:
             for name, spec in blob.tensors.items()
         }
         packed: list[tuple[PackedLinear, PackedWeight]] = []
-        others: list[tuple[dict[str, Any], str, Tensor, torch.dtype]] = []
+        others: list[tuple[dict[str, Any], str, Tensor]] = []
+        converted: list[tuple[Tensor, Tensor]] = []
         for name in [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]:
             codes = tensors.pop(name + _PACKED).view(torch.uint8)
             scale, zero = tensors.pop(name + _SCALE), tensors.pop(name + _ZERO, None)
@@ -208,12 +234,14 @@ class Executor:
         for name, tensor in tensors.items():
             owner_name, _, key = name.rpartition(".")
             owner = layer.get_submodule(owner_name)
-            dtype = self.model.dtype if tensor.is_floating_point() else tensor.dtype
+            if tensor.is_floating_point() and tensor.dtype != self.model.dtype:
+                source, tensor = tensor, torch.empty_like(tensor, dtype=self.model.dtype)
+                converted.append((tensor, source))
             if key in owner._parameters:
-                others.append((owner._parameters, key, nn.Parameter(tensor, requires_grad=False), dtype))
+                others.append((owner._parameters, key, nn.Parameter(tensor, requires_grad=False)))
             else:
-                others.append((owner._buffers, key, tensor, dtype))
-        return LayerView(tuple(packed), tuple(others))
+                others.append((owner._buffers, key, tensor))
+        return LayerView(tuple(packed), tuple(others), tuple(converted))
 
 
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:

@@ -1,0 +1,234 @@
+"""A single token takes the fused call exactly where it is proved equal to transformers' modules, and nowhere else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from kernels.cpu_matmul import compiled_library
+from kernels.decoder import CompiledLayer
+from offload import fused
+from offload.executor import executor_of, load
+from tests.test_executor import streamed
+
+pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no compiled kernels")
+
+TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "phi3": {"pad_token_id": 0, "sliding_window": None},
+    "smollm3": {"pad_token_id": 0},
+}
+
+
+def checkpoint_of(family: str, directory: Path, tokenizer_of: Path, **options: Any) -> Path:
+    """A tiny random model of a family, in 4 bits."""
+    from quant.rtn import main
+
+    settings = {
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    }
+    config = AutoConfig.for_model(family, **(settings | options))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(directory / "model")
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(directory / "model")
+    flags = ["--output", str(directory / "int4"), "--group-size", "32"]
+    assert main(["--model", str(directory / "model"), *flags]) == 0
+    return directory / "int4"
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens before each fused step that is run."""
+    counted: list[int] = []
+    step = CompiledLayer.step
+
+    def counting(self: CompiledLayer, *arguments: Any) -> Tensor:
+        counted.append(arguments[5])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(CompiledLayer, "step", counting)
+    return counted
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, count: int = 6, cache: DynamicCache | None = None) -> Tensor:
+    """Logits of each greedy token after a prompt, [count, vocabulary]."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    logits = [model(TOKENS, past_key_values=cache).logits[0, -1]]
+    while len(logits) < count:
+        logits.append(model(logits[-1].argmax().view(1, 1), past_key_values=cache).logits[0, -1])
+    return torch.stack(logits)
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, **options: Any) -> Tensor:
+    given = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    return model.generate(TOKENS, **(given | options))[0]
+
+
+def through_modules(monkeypatch: pytest.MonkeyPatch, directory: Path, **options: Any) -> PreTrainedModel:
+    with monkeypatch.context() as patched:
+        patched.setattr("offload.executor.fuse", lambda *arguments: 0)
+        return load(directory, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_are_fused_and_compute_what_their_modules_do(
+    family: str, tiny_model: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = checkpoint_of(family, tmp_path, tiny_model, **FAMILIES[family])
+    model = load(directory, dtype=torch.float32, mode="exact")
+    steps.clear()
+    found = decode(model)
+    assert steps == [tokens for tokens in range(7, 12) for _ in range(3)]
+    expected = decode(through_modules(monkeypatch, directory, dtype=torch.float32, mode="exact"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_only_looks_alike_is_left_to_its_modules(
+    tiny_model: Path,
+    tmp_path: Path,
+    steps: list[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = checkpoint_of("granite", tmp_path, tiny_model, residual_multiplier=0.22)
+    model = load(directory)
+    assert "GraniteDecoderLayer: the fused decode step differs from the modules" in caplog.text
+    steps.clear()
+    found = decode(model)
+    assert steps == []
+    assert torch.equal(found, decode(through_modules(monkeypatch, directory)))
+
+
+def test_an_unrelated_layer_is_left_alone_silently(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: list[int]
+) -> None:
+    directory = checkpoint_of("stablelm", tmp_path, tiny_model)
+    decode(load(directory))
+    assert steps == []
+    assert caplog.text == ""
+
+
+def test_layers_of_another_kind_are_proved_apart(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs: list[int] = []
+    proved = fused._is_proved
+
+    def counting(model: PreTrainedModel, layer: Any) -> bool:
+        proofs.append(layer.self_attn.layer_idx)
+        return proved(model, layer)
+
+    monkeypatch.setattr(fused, "_is_proved", counting)
+    load(checkpoint_of("smollm3", tmp_path, tiny_model, pad_token_id=0, no_rope_layers=[1, 0, 1]))
+    assert proofs == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_streamed_decoding_equals_resident(
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[int],
+    depth: int,
+    mode: Any,
+    dtype: torch.dtype,
+) -> None:
+    expected = decode(load(tiny_checkpoint, mode=mode, dtype=dtype))
+    assert torch.isfinite(expected).all()
+    with streamed(tiny_checkpoint, monkeypatch, depth, mode=mode, dtype=dtype) as model:
+        steps.clear()
+        for _ in range(2):
+            assert torch.equal(decode(model), expected)
+        assert len(steps) == 2 * 5 * 3
+
+
+def test_an_interrupted_decode_step_leaves_right_tokens(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = decode(load(tiny_checkpoint))
+    with streamed(tiny_checkpoint, monkeypatch, depth=2) as model:
+        for position in range(3):
+            layer = executor_of(model).layers[position]
+            calls = iter(range(100))
+
+            def interrupt(*arguments: Any, calls: Any = calls) -> None:
+                if next(calls) == 2:
+                    raise KeyboardInterrupt
+
+            hook = layer.register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                decode(model)
+            hook.remove()
+            assert torch.equal(decode(model), expected)
+
+
+def test_the_cache_is_taken_over_whatever_was_done_to_it(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint)
+    whole = decode(model, 8)
+    cache = DynamicCache(config=model.config)
+    decode(model, 8, cache)
+    assert cache.get_seq_length() == 14
+    cache.crop(-3)  # three tokens are taken back and decoded again
+    with torch.inference_mode():
+        for index in (4, 5, 6):
+            logits = model(whole[index].argmax().view(1, 1), past_key_values=cache).logits[0, -1]
+            assert torch.equal(logits, whole[index + 1])
+    cache.batch_select_indices(torch.tensor([0]))  # copies the cache
+    assert cache.get_seq_length() == 14
+
+
+def test_the_cache_grows_past_its_room(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_checkpoint)
+    whole = decode(model, 20)
+    monkeypatch.setattr(fused, "_ROOM_TOKENS", 3)
+    assert torch.equal(decode(model, 20), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_every_way_of_generating_agrees_with_the_modules(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    exact: dict[str, Any] = {"dtype": torch.float32, "mode": "exact"}  # no token is a matter of rounding
+    expected = generate(through_modules(monkeypatch, tiny_checkpoint, **exact), **options)
+    assert torch.equal(generate(load(tiny_checkpoint, **exact), **options), expected)
+
+
+def test_batches_and_padding_go_through_the_modules(tiny_checkpoint: Path, steps: list[int]) -> None:
+    model = load(tiny_checkpoint)
+    steps.clear()
+    two = TOKENS.repeat(2, 1)
+    mask = torch.ones_like(two)
+    mask[1, :2] = 0
+    with torch.inference_mode():
+        model.generate(two, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        model.generate(two[1:], attention_mask=mask[1:], max_new_tokens=4, do_sample=False)
+    assert steps == []
