@@ -5,9 +5,12 @@ make the product a matter of bandwidth, each rotates through copies larger than 
 does nothing but read the copies of the packed weight.
 """
 
+import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from eval.timing import Samples, Step, paired
 from kernels.cpu_matmul import LEVELS, cpu_level, dequant_matmul_cpu, read_seconds
 from kernels.packed import PackedWeight
 from offload.command import Progress
+from offload.errors import UsageError
 
 MODEL_SHAPES = {
     "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -90,7 +94,81 @@ class Measurement:
         }
 
 
-def measure(cases: list[Case], rounds: int) -> Iterator[Measurement]:
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What one run measured."""
+
+    measurements: tuple[Measurement, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for every contender at every case."""
+        return [measurement.row() for measurement in self.measurements]
+
+    def table(self) -> str:
+        """Return a line for every contender at every case."""
+        header = (
+            f"{'N':>6} {'K':>6} {'M':>5}  {'contender':12} {'median':>10} {'packed':>11} {'':>12} {'of read':>8}  over"
+        )
+        return "\n".join([header, *map(_line, self.measurements)])
+
+    def draw(self, path: Path) -> None:
+        """Draw the speed-up over the batch. Raises ResourceError without matplotlib."""
+        from eval.picture import draw_speedups
+
+        draw_speedups(list(self.measurements), path)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subject."""
+    add = parser.add_argument
+    add("--shapes", default="llama-3-8b", help=f"{', '.join(MODEL_SHAPES)}, or NxK, separated by commas")
+    add("--batches", default="1,4,16,32,64,128,512,2048", help="activations M, separated by commas")
+    add("--group-size", type=int, choices=[32, 64, 128], default=128, help="weights that share a scale")
+    add("--rounds", type=int, default=15, help="samples of each contender")
+
+
+def measure(options: argparse.Namespace) -> KernelReport:
+    """Time every contender at every shape and batch. Raises UsageError for flags that cannot be meant."""
+    cases = [Case(n, k, options.group_size, m) for n, k in _shapes(options.shapes) for m in _batches(options.batches)]
+    for case in cases:
+        if case.k % case.group_size:
+            raise UsageError(f"--group-size {case.group_size}: does not divide K={case.k}")
+    return KernelReport(tuple(_measurements(cases, options.rounds)))
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    shapes: list[tuple[int, int]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)", part)
+        if part in MODEL_SHAPES:
+            shapes += MODEL_SHAPES[part]
+        elif match:
+            shapes.append((int(match[1]), int(match[2])))
+        else:
+            raise UsageError(f"--shapes {part!r}: expected {', '.join(MODEL_SHAPES)} or NxK, such as 4096x4096")
+    return shapes
+
+
+def _batches(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batches {text!r}: expected numbers above zero, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _line(item: Measurement) -> str:
+    row = item.row()
+    of_read = f"{row['of_read']:.0%}" if row["of_read"] != "" else "-"
+    peers = "  ".join(
+        f"{name} {item.time.speedup_over(peer):.2f}x" for name, peer in item.peers.items() if name != item.contender
+    )
+    return (
+        f"{item.case.n:6} {item.case.k:6} {item.case.m:5}  {item.contender:12} {row['p50_us']:>7} us "
+        f"{row['packed_gb_per_s']:6.1f} GB/s {row['gop_per_s']:6.0f} GOP/s {of_read:>8}  {peers}"
+    )
+
+
+def _measurements(cases: list[Case], rounds: int) -> Iterator[Measurement]:
     """Time every contender at every case. Progress on stderr."""
     progress = Progress("product", len(cases))
     for case in cases:
