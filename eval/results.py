@@ -4,6 +4,7 @@ Rows are only ever appended; a figure in README or in a comment has its row here
 """
 
 import csv
+import io
 import platform
 import subprocess
 import sys
@@ -35,26 +36,35 @@ def circumstances(command: str) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a CSV file, writing its header first if it is new. Raises UsageError if its columns differ."""
+    """Append rows to a CSV file, writing its header first if it is new.
+
+    Columns that the file lacks are added at its end, empty in the rows that are there. Raises UsageError if it has one
+    that the rows lack.
+    """
     rows = list(rows)
     columns = list(rows[0])
-    new = not path.exists()
-    if not new:
+    earlier: list[dict[str, str]] = []
+    if path.exists():
         with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
+            reader = csv.DictReader(file)
+            found = list(reader.fieldnames or ())
+            earlier = list(reader)
+        if not set(found) <= set(columns):
             raise UsageError(f"{path}: has the columns {', '.join(found)}; move it away or name another file")
+        columns = [*found, *(name for name in columns if name not in found)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows([*earlier, *rows])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    whole = path.with_suffix(".new")
+    whole.write_text(text.getvalue(), newline="")
+    whole.replace(path)
 
 
 def command_line(module: str, argv: list[str]) -> str:
-    """Return the command as a person would type it."""
-    return " ".join(["python", "-m", module, *argv])
+    """Return the command as a person would type it; of absolute paths, which name a machine, the last part alone."""
+    return " ".join(["python", "-m", module, *(Path(word).name if word.startswith("/") else word for word in argv)])
 
 
 def _commit() -> str:

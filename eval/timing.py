@@ -9,8 +9,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 Step = Callable[[int], object]
 """A contender's i-th call. Rotating through copies of its operands by i keeps them out of the caches."""
+
+Bind = Callable[[Tensor], Step | None]
+"""What a contender makes of activations float32 [M, K]: the call to time, or None where it cannot take so many."""
+
+_MOST_COPIES = 2000
+
+
+def copies_in(pool_bytes: int, nbytes: int) -> int:
+    """Return how many copies of `nbytes` rotate through at least `pool_bytes`: 2000 at most, one at least."""
+    return min(max(1, -(-pool_bytes // nbytes)), _MOST_COPIES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,41 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from eval.results import append
+from eval import speed_cpu
+from eval.results import append, command_line
 from eval.speed import main
-from eval.speed_kernels import Case, Measurement
-from eval.timing import Samples, paired
+from eval.speed_cpu import Contenders
+from eval.speed_ggml import Ggml, GgmlWeight, find_directory, survived
+from eval.speed_kernels import PEERS, Case, Measurement, random_weight
+from eval.timing import Samples, copies_in, paired
 from kernels.cpu_matmul import LEVELS, cpu_level
+from kernels.packed import BITS, dequantize
 from offload.errors import UsageError
 
-SMALL = ["kernels", "--shapes", "64x256", "--batches", "1,9", "--rounds", "2", "--group-size", "64"]
+SMALL = ["kernels", "--shapes", "64x256", "--batches", "1,17", "--rounds", "2", "--group-size", "64"]
+
+
+@pytest.fixture
+def without_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is installed, and the copies are few."""
+    monkeypatch.setattr(speed_cpu, "find_directory", lambda _: None)
+    monkeypatch.setattr(speed_cpu, "_pool_bytes", lambda: 1 << 20)
+
+
+def exactly_int8(m: int, k: int) -> Tensor:
+    """Activations that rounding to int8 under a scale for 32 of them leaves alone."""
+    x = torch.randint(-127, 128, (m, k)).float()
+    x[:, ::32] = 127
+    return x
+
+
+def error(found: Tensor, x: Tensor, w: Tensor) -> float:
+    """Return how far a product is from the one in float64, in its norm."""
+    exact = x.double() @ w.double().T
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def test_contenders_run_in_turn_and_rotate_their_copies() -> None:
@@ -56,9 +82,72 @@ def test_a_row_says_bytes_operations_and_the_share_of_the_limit() -> None:
     assert case.packed_bytes == 4096 * 2048 + 2 * 4096 * 32
     assert row["packed_gb_per_s"] == pytest.approx(8.65, abs=0.01)
     assert row["gop_per_s"] == pytest.approx(67.1, abs=0.1)
-    assert (row["of_read"], row["x_torch_fp32"]) == (0.5, 3.0)
+    assert (row["of_read"], row["x_torch_fp32"], row["x_gemlite"]) == (0.5, 3.0, "")
+    assert (row["bits"], row["device"]) == (4, "cpu")
+    assert Case(n=4096, k=4096, group_size=128, m=2, bits=8).packed_bytes == 4096 * 4096 + 2 * 4096 * 32
 
 
+def test_copies_fill_the_pool() -> None:
+    assert [copies_in(pool, 10) for pool in (0, 10, 11, 95)] == [1, 1, 2, 10]
+    assert copies_in(1 << 40, 1) == 2000
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.usefixtures("without_ggml")
+def test_every_contender_multiplies_by_the_same_weight(bits: int) -> None:
+    weight = random_weight(64, 128, 128, bits)
+    w, binds = dequantize(weight), Contenders(None)(weight)
+    for_bits = "torch int4" if bits == 4 else "torch int8"
+    assert list(binds) == [*LEVELS[1 : cpu_level() + 1], "torch fp32", "torch bf16", for_bits, "read"]
+    for m in (1, 9):
+        x = exactly_int8(m, 128)
+        plain = error(x.bfloat16() @ w.bfloat16().T, x, w)
+        for name in binds.keys() - {"read"}:
+            step = binds[name](x)
+            assert step is not None
+            for i in (0, 1, 1000):
+                found = step(i)
+                assert isinstance(found, Tensor)
+                assert error(found, x, w) <= 2 * plain, name
+
+
+@pytest.mark.usefixtures("without_ggml")
+def test_what_has_no_room_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weight = random_weight(64, 256, 64, 4)
+    monkeypatch.setattr(speed_cpu, "_free_bytes", lambda: 4 * ((1 << 20) + 64 * 256 * 5))
+    assert "torch bf16" not in Contenders(None)(weight)
+    left_out = "torch bf16: left out at N 64, K 256, it may take 1.1 MiB of 4.3 MiB free\n"
+    assert capsys.readouterr().err == left_out
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_ggml_multiplies_by_what_it_was_given(bits: int) -> None:
+    directory = find_directory(None)
+    if directory is None:
+        pytest.skip("ggml's libraries are not installed")
+    from gguf import GGMLQuantizationType, quants
+
+    ggml, weight = Ggml(directory), random_weight(64, 256, 128, bits)
+    kind = GGMLQuantizationType.Q4_0 if bits == 4 else GGMLQuantizationType.Q8_0
+    for name, layout in ggml.layouts().items():
+        in_layout = GgmlWeight(ggml, layout, weight, 100_000)
+        if not in_layout.supported:
+            continue
+        w = torch.from_numpy(quants.dequantize(in_layout.quantized.numpy(), kind))
+        assert error(dequantize(weight).T, torch.eye(256), w) < 0.05, "quantised anew, it moves a little"
+        for m in (1, 2, 33):
+            if min(m, 2) in survived(directory, name, bits):
+                x = exactly_int8(m, 256)
+                step = in_layout.product(x)
+                for i in range(3):
+                    found = step(i)
+                    assert isinstance(found, Tensor)
+                    assert error(found, x, w) <= 2 * error(x @ w.T, x, w), name
+
+
+@pytest.mark.usefixtures("without_ggml")
 def test_the_command_prints_a_table_records_rows_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, picture = tmp_path / "kernels.csv", tmp_path / "speed.png"
     flags = ["--record", "--results", str(results), "--picture", str(picture)]
@@ -68,7 +157,8 @@ def test_the_command_prints_a_table_records_rows_and_draws(tmp_path: Path, capsy
     contenders = [*LEVELS[1 : cpu_level() + 1], "torch fp32", "torch bf16", "torch int4"]
     rows = list(csv.DictReader(results.read_text().splitlines()))
     assert [row["contender"] for row in rows] == 4 * contenders
-    assert {row["m"] for row in rows} == {"1", "9"}
+    assert {row["m"] for row in rows} == {"1", "17"}
+    assert {f"x_{name.replace(' ', '_')}" for name in PEERS} < rows[0].keys()
     assert all(float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) for row in rows)
     assert all((row["of_read"] != "") == (row["m"] == "1") for row in rows)
     assert rows[0]["command"].startswith("python -m eval.speed kernels --shapes 64x256")
@@ -76,10 +166,12 @@ def test_the_command_prints_a_table_records_rows_and_draws(tmp_path: Path, capsy
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("without_ggml")
 def test_the_command_prints_json_with_another_process_busy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--json", "--busy", "1"]) == 0
+    assert main([*SMALL, "--bits", "8", "--json", "--busy", "1"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["busy"] for row in rows} == {1}
+    assert {(row["busy"], row["bits"], row["device"]) for row in rows} == {(1, 8, "cpu")}
+    assert "torch int8" in {row["contender"] for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +180,7 @@ def test_the_command_prints_json_with_another_process_busy(capsys: pytest.Captur
         (["--shapes", "64by256"], "--shapes '64by256': expected llama-3-8b"),
         (["--batches", "1,0"], "--batches '1,0': expected numbers above zero"),
         (["--shapes", "64x200"], "--group-size 128: does not divide K=200"),
+        (["--ggml", "nowhere"], "--ggml nowhere: no libggml.so there; name the directory of ggml's shared libraries"),
     ],
 )
 def test_flags_that_cannot_be_meant(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,10 +188,19 @@ def test_flags_that_cannot_be_meant(flags: list[str], message: str, capsys: pyte
     assert message in capsys.readouterr().err
 
 
-def test_a_results_file_of_other_columns_is_left_alone(tmp_path: Path) -> None:
+def test_a_results_file_gains_columns_at_its_end_and_loses_none(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    append(path, [{"a": 1, "b": 2}])
-    append(path, [{"a": 3, "b": 4}])
-    with pytest.raises(UsageError, match="has the columns a, b; move it away or name another file"):
+    append(path, [{"a": 1, "b": "x, y"}])
+    append(path, [{"b": 4, "c": 5, "a": 3}])
+    append(path, [{"a": 6, "b": 7, "c": ""}])
+    whole = 'a,b,c\n1,"x, y",\n3,4,5\n6,7,\n'
+    assert path.read_text() == whole
+    with pytest.raises(UsageError, match="has the columns a, b, c; move it away or name another file"):
         append(path, [{"a": 1, "c": 2}])
-    assert path.read_text() == "a,b\n1,2\n3,4\n"
+    assert path.read_text() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_recorded_command_names_no_place_of_the_machine() -> None:
+    line = command_line("eval.speed", ["kernels", "--ggml", "/somewhere/lib", "--picture", "docs/a.png"])
+    assert line == "python -m eval.speed kernels --ggml lib --picture docs/a.png"
