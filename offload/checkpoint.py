@@ -29,6 +29,9 @@ MANIFEST_NAME = "manifest.json"
 PAYLOAD_ALIGNMENT = 4096
 """Payloads start on a multiple of this, so that they can be read past the page cache."""
 
+WIDE_BITS = 8
+"""Of the modules that a recipe of 4 bits leaves wider."""
+
 _MAX_JSON_BYTES = 64 << 20
 _LFS_POINTER = b"version https://git-lfs"
 DTYPES = {
@@ -47,7 +50,8 @@ class Recipe:
 
     group_size: consecutive inputs that share a scale, None for one group a row. source: the model as the user named it,
     None for the embedded default; source_xxh3 identifies its weights. calibration_*: what the method saw (None for
-    methods that see nothing). ignore: modules left in the source's dtype, by full name. settings: the method's own.
+    methods that see nothing). ignore: modules left in the source's dtype, by full name. wide: those packed in 8 bits
+    where the others have 4, by full name. settings: the method's own.
     """
 
     method: str
@@ -62,6 +66,7 @@ class Recipe:
     calibration_sha256: str | None = None
     num_samples: int | None = None
     seq_len: int | None = None
+    wide: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -75,30 +80,42 @@ class Recipe:
     def from_json(cls, values: object) -> "Recipe":
         """Rebuild a recipe from `to_json`. Raises ValueError on unknown or missing keys."""
         known = {f.name for f in fields(cls)}
+        if isinstance(values, dict):
+            values = {"wide": []} | values  # not in the files of the first version
         if not isinstance(values, dict) or set(values) != known:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"recipe: expected the keys {sorted(known)}, found {found}")
-        return cls(**{**values, "ignore": tuple(values["ignore"])})
+        return cls(**{**values, "ignore": tuple(values["ignore"]), "wide": tuple(values["wide"])})
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain JSON values."""
-        return {**asdict(self), "ignore": list(self.ignore)}
+        return {**asdict(self), "ignore": list(self.ignore), "wide": list(self.wide)}
 
     def quantization_config(self) -> dict[str, Any]:
         """Return config.json's `quantization_config`, in compressed-tensors' words."""
-        weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
-        if self.group_size is None:
-            weights["strategy"] = "channel"
-        else:
-            weights |= {"strategy": "group", "group_size": self.group_size}
+        strategy: dict[str, Any] = {"strategy": "channel"}
+        if self.group_size is not None:
+            strategy = {"strategy": "group", "group_size": self.group_size}
+
+        def packed(targets: list[str], bits: int) -> dict[str, Any]:
+            weights = {"num_bits": bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **strategy}
+            return {"targets": targets, "weights": weights}
+
+        groups = {"group_0": packed(["Linear"], self.bits)}
+        if self.wide:
+            groups["group_1"] = packed(list(self.wide), WIDE_BITS)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "config_groups": groups,
             "ignore": list(self.ignore),
             "kv_cache_scheme": None,
         }
+
+    def bits_of(self, name: str) -> int:
+        """Return the width of the codes of a module's weight."""
+        return WIDE_BITS if name in self.wide else self.bits
 
 
 @dataclass(frozen=True, slots=True)

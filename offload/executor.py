@@ -25,7 +25,7 @@ from offload.fused import fuse
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, own_memory_bytes, trim_memory
 from offload.placement import CODE_BYTES, Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
-from offload.skeleton import assign, build_skeleton, read_config
+from offload.skeleton import build_skeleton, read_config
 from offload.transfer import Slots, read_blob
 
 _PACKED, _SCALE, _ZERO, _SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
@@ -185,14 +185,19 @@ class Executor:
             return StreamingStats(0, 0, 0.0, self.reader.direct)
         return StreamingStats(self.slots.bytes_read, self.slots.reads, self.slots.wait_seconds, self.reader.direct)
 
+    @property
+    def head_memory(self) -> Tensor:
+        """The weight of the output embeddings as it lies in memory, uint8 [bytes]: what every token reads."""
+        head = self.model.get_output_embeddings()
+        weight = head.packed.codes if isinstance(head, PackedLinear) and head.packed else head.weight.detach()
+        return weight.reshape(-1).view(torch.uint8)
+
     def attach_fixed(self, blob: LayerBlob) -> None:
         """Read what lies outside the decoder layers, in the model's dtype, to stay."""
         arena = Arena(blob.nbytes)
         read_blob(self.reader, blob, arena)
         verify(blob, arena)
-        for name, spec in blob.tensors.items():
-            tensor = arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
-            assign(self.model, name, tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor)
+        self._view(blob, arena).attach()
 
     def close(self) -> None:
         """Stop reading and close the files; the model cannot run afterwards."""
@@ -214,8 +219,8 @@ class Executor:
         self.slots.release(position)
 
     def _view(self, blob: LayerBlob, arena: Arena) -> LayerView:
-        """Describe where a layer's tensors lie in `arena` and where in the model they belong."""
-        layer, prefix = self.model.get_submodule(blob.module), f"{blob.module}."
+        """Describe where a shard's tensors lie in `arena` and where in the model they belong."""
+        layer, prefix = self.model.get_submodule(blob.module), f"{blob.module}." if blob.module else ""
         tensors = {
             name.removeprefix(prefix): arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
             for name, spec in blob.tensors.items()
@@ -247,14 +252,15 @@ class Executor:
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:
     """Put a PackedLinear where the checkpoint holds a packed weight; return their names."""
     names = [name.removesuffix(_PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(_PACKED)]
-    modules, bits = dict(model.named_modules()), checkpoint.recipe.bits
+    modules = dict(model.named_modules())
     for name in names:
         linear = modules.get(name)
         if type(linear) is not nn.Linear:
             raise CheckpointError(
                 f"{checkpoint.directory}: {name!r} is packed, but no linear layer of {type(model).__name__}"
             )
-        packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, model.dtype, bits, mode)
+        bits, has_bias = checkpoint.recipe.bits_of(name), linear.bias is not None
+        packed = PackedLinear(linear.in_features, linear.out_features, has_bias, model.dtype, bits, mode)
         model.set_submodule(name, packed)
     return names
 
@@ -289,7 +295,7 @@ def _expected_tensors(
     for name in packed:
         linear = model.get_submodule(name)
         rows, inputs = int(linear.out_features), int(linear.in_features)
-        groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(checkpoint.recipe.bits)
+        groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(linear.bits)
         expected[name + _PACKED] = ((rows, inputs // per_word), (torch.int32,))
         expected[name + _SCALE] = ((rows, groups), (torch.bfloat16, torch.float16))
         expected[name + _SHAPE] = ((2,), (torch.int64,))

@@ -145,9 +145,9 @@ def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None)
     passes = len(clock.times) + (len(tokens) - 1) // _PREFILL_CHUNK_TOKENS
     decode_seconds = clock.times[-1] - clock.times[0]
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
-    bytes_per_token = sum(blob.nbytes for blob in executor.blobs) + _head_bytes(model)
+    bytes_per_token = sum(blob.nbytes for blob in executor.blobs) + executor.head_memory.nbytes
     peak = peak_memory_bytes()
-    limit, bandwidth = _limit(executor, model)
+    limit, bandwidth = _limit(executor)
     bound = disk_bytes if limit == "disk" else bytes_per_token
     rate = steps / decode_seconds if decode_seconds else 0.0
     return Report(
@@ -223,19 +223,13 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _head_bytes(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.nbytes)
-
-
-def _limit(executor: Any, model: Any) -> tuple[str, float]:
+def _limit(executor: Any) -> tuple[str, float]:
     """Measure what bounds decoding: reading the streamed layers from disk, or all weights from memory."""
-    import torch
-
     from kernels.cpu_matmul import read_seconds
     from offload.transfer import read_blob
 
     if executor.slots is None:
-        head = model.get_output_embeddings().weight.detach().reshape(-1).view(torch.uint8)
+        head = executor.head_memory
         return "memory", head.nbytes / min(read_seconds(head) for _ in range(5))
     executor.slots.reset()
     arena, blobs = executor.slots.arenas[0], executor.streamed_blobs

@@ -1,0 +1,187 @@
+"""A process that runs one model with one engine and is told what to do, so that several can be timed in turn.
+
+    python -m eval.contender ENGINE MODEL [--cpu-memory BYTES]
+
+reads one command a line from stdin (`load`, `prefill TOKENS`, `decode TOKENS`, `facts`) and answers each with one JSON
+object on stdout. Nothing is imported before `load`, so that the process can be put into a control group first.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PROMPT_TOKENS = 16
+_CONTEXT_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a loaded model can be asked for.
+
+    run(tokens, fresh): take tokens behind what came before, or on a fresh context; returns the likeliest next one.
+    facts(): what else is to be known, such as the bytes read for a token. generate(prompt, count): the moments at which
+    `count` tokens came, where the engine has a loop of its own.
+    """
+
+    run: Callable[[list[int], bool], int]
+    facts: Callable[[], dict[str, Any]]
+    generate: Callable[[list[int], int], list[float]] | None = None
+
+    def prefill(self, tokens: int) -> float:
+        """Return the seconds that a prompt of so many tokens takes, to the logits of its last one."""
+        started = time.perf_counter()
+        self.run(list(range(1, tokens + 1)), True)
+        return time.perf_counter() - started
+
+    def decode(self, tokens: int) -> float:
+        """Return the seconds that one token takes, the mean of so many, after a short prompt."""
+        prompt = list(range(1, _PROMPT_TOKENS + 1))
+        if self.generate is not None:
+            times = self.generate(prompt, tokens + 1)
+        else:
+            token, times = self.run(prompt, True), [time.perf_counter()]
+            for _ in range(tokens):
+                token = self.run([token], False)
+                times.append(time.perf_counter())
+        return (times[-1] - times[0]) / tokens
+
+
+def _ours(model: Path, cpu_memory: int | None) -> Engine:
+    """This toolkit, through transformers' own `generate()`."""
+    import torch
+
+    from offload.executor import executor_of, load
+
+    loaded = load(model, cpu_memory=cpu_memory, context_tokens=_CONTEXT_TOKENS)
+    executor = executor_of(loaded)
+
+    @torch.inference_mode()
+    def run(tokens: list[int], fresh: bool) -> int:
+        assert fresh, "the tokens after a prompt come from generate()"
+        return int(loaded(torch.tensor([tokens]), logits_to_keep=1).logits.argmax())
+
+    @torch.inference_mode()
+    def generate(prompt: list[int], count: int) -> list[float]:
+        clock, ids = _Clock(), torch.tensor([prompt])
+        loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=clock,
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return clock.times[1:]  # the prompt comes first
+
+    def facts() -> dict[str, Any]:
+        weights = sum(blob.nbytes for blob in executor.blobs) + executor.head_memory.nbytes
+        return {"bytes_per_token": weights, "disk_bytes_per_token": executor.placement.disk_bytes, **_memory()}
+
+    return Engine(run, facts, generate)
+
+
+class _Clock:
+    """A streamer of transformers that notes when it is given something."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Note the moment."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to be done."""
+
+
+def _llama_cpp(model: Path, cpu_memory: int | None) -> Engine:
+    """llama.cpp through the functions of its library, with all of its own defaults for weights and memory."""
+    import os
+
+    import llama_cpp
+    import numpy as np
+
+    threads = len(os.sched_getaffinity(0))
+    settings: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "n_batch": 512, "verbose": False}
+    llama = llama_cpp.Llama(str(model), n_ctx=_CONTEXT_TOKENS, **settings)
+    vocabulary = llama.n_vocab()
+
+    def run(tokens: list[int], fresh: bool) -> int:
+        if fresh:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+        held = (llama_cpp.llama_token * len(tokens))(*tokens)
+        if llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(held, len(tokens))):
+            raise RuntimeError("llama_decode failed")
+        return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (vocabulary,)).argmax())
+
+    return Engine(run, _memory)
+
+
+def _accelerate(model: Path, cpu_memory: int | None) -> Engine:
+    """transformers in bfloat16 under accelerate: all on disk, a tensor read whenever a module needs it."""
+    import torch
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    with init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+    skeleton.tie_weights()
+    places = dict.fromkeys(("model.embed_tokens", "model.layers", "lm_head"), "disk")
+    places |= dict.fromkeys(("model.norm", "model.rotary_emb"), "cpu")
+    loaded = load_checkpoint_and_dispatch(
+        skeleton, str(model), device_map=places, offload_folder=str(model / "offload"), dtype=torch.bfloat16
+    ).eval()
+    context: list[Any] = []
+
+    @torch.inference_mode()
+    def run(tokens: list[int], fresh: bool) -> int:
+        if fresh:
+            context[:] = [DynamicCache(config=loaded.config)]
+        return int(loaded(torch.tensor([tokens]), past_key_values=context[0], logits_to_keep=1).logits.argmax())
+
+    return Engine(run, _memory)
+
+
+ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {
+    "ours": _ours,
+    "llama.cpp": _llama_cpp,
+    "accelerate": _accelerate,
+}
+
+
+def _memory() -> dict[str, Any]:
+    from offload.memory import peak_memory_bytes
+
+    return {"peak_bytes": peak_memory_bytes()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer commands until stdin ends."""
+    parser = argparse.ArgumentParser("python -m eval.contender")
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--cpu-memory", type=int)
+    options = parser.parse_args(argv)
+    engine: Engine | None = None
+    for line in sys.stdin:
+        command, *arguments = line.split()
+        try:
+            if command == "load":
+                engine = ENGINES[options.engine](options.model, options.cpu_memory)
+                answer: Any = {}
+            else:
+                assert engine is not None, "load comes first"
+                answer = getattr(engine, command)(*map(int, arguments))
+        except Exception as error:  # the one that asked says what it was
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
