@@ -1,7 +1,7 @@
 """The contenders on the CPU: our levels, torch's linears and its products with codes, ggml, and the read of memory."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.speed_ggml import Ggml, GgmlWeight, find_directory, survived
-from eval.timing import Bind, Step, copies_in
+from eval.timing import Bind, Samples, Step, copies_in, paired
 from kernels.cpu_matmul import LEVELS, cpu_level, dequant_matmul_cpu, dequantize_cpu, read_seconds
 from kernels.packed import PackedWeight, symmetric_zero, unpack
 from offload.command import format_bytes, say
@@ -26,6 +26,7 @@ class Contenders:
         """ggml: the directory of its libraries, None for that of an installed llama_cpp, if there is one."""
         directory = find_directory(ggml)
         self._ggml = None if directory is None else Ggml(directory)
+        self.peer_versions = "" if self._ggml is None else f"ggml {self._ggml.version}"
         self._pool_bytes = _pool_bytes()
 
     def __call__(self, weight: PackedWeight) -> dict[str, Bind]:
@@ -33,21 +34,29 @@ class Contenders:
 
         Left out, which is said, is what might take more than a quarter of the memory that is free.
         """
-        pool = self._pool_bytes
-        count = copies_in(pool, weight.nbytes)
+        size = self._pool_bytes
+        count = copies_in(size, weight.nbytes)
         packed = [
             PackedWeight(codes, scale, None, weight.group_size, weight.bits)
             for codes, scale in zip(_copies(weight.codes, count), _copies(weight.scale, count), strict=True)
         ]
         binds: dict[str, Bind] = {LEVELS[level]: _ours(packed, level) for level in range(1, cpu_level() + 1)}
         for name, (largest_bytes, prepare) in _TORCH.items():
-            if _has_room(name, weight, pool, largest_bytes) and (bind := prepare(weight, pool)):
+            if has_room(name, weight, size, largest_bytes, _free_bytes()) and (bind := prepare(weight, size)):
                 binds[name] = bind
-        if self._ggml is not None and _has_room("ggml", weight, 2 * pool, 4):
-            binds |= _of_ggml(self._ggml, weight, pool)
+        if self._ggml is not None and has_room("ggml", weight, 2 * size, 4, _free_bytes()):
+            binds |= _of_ggml(self._ggml, weight, size)
         if cpu_level():
             binds["read"] = lambda x: _read(packed)
         return binds
+
+    def activations(self, m: int, k: int) -> Tensor:
+        """Return float32 [M, K]."""
+        return torch.randn(m, k)
+
+    def time(self, steps: Mapping[str, Step], m: int, rounds: int, sample_seconds: float) -> dict[str, Samples]:
+        """Time the steps in turn."""
+        return paired(steps, rounds, sample_seconds)
 
 
 def _ours(packed: list[PackedWeight], level: int) -> Bind:
@@ -62,12 +71,12 @@ def _read(packed: list[PackedWeight]) -> Step:
 
 
 def _torch_fp32(weight: PackedWeight, pool_bytes: int) -> Bind:
-    dense = _pool(dequantize_cpu(weight, 0, weight.out_features), pool_bytes)
+    dense = pool(dequantize_cpu(weight, 0, weight.out_features), pool_bytes)
     return lambda x: lambda i: F.linear(x, dense[i % len(dense)])
 
 
 def _torch_bf16(weight: PackedWeight, pool_bytes: int) -> Bind:
-    dense = _pool(dequantize_cpu(weight, 0, weight.out_features).to(torch.bfloat16), pool_bytes)
+    dense = pool(dequantize_cpu(weight, 0, weight.out_features).to(torch.bfloat16), pool_bytes)
 
     def bind(x: Tensor) -> Step:
         x = x.to(torch.bfloat16)
@@ -80,7 +89,7 @@ def _torch_int4(weight: PackedWeight, pool_bytes: int) -> Bind | None:
     if weight.bits != 4 or weight.out_features % 64:
         return None
     codes = unpack(weight)[0].to(torch.int32)
-    packed = _pool(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), pool_bytes)
+    packed = pool(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), pool_bytes)
     scale = weight.scale.to(torch.bfloat16)
     scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).transpose(0, 1).contiguous()
 
@@ -97,7 +106,7 @@ def _torch_int8(weight: PackedWeight, pool_bytes: int) -> Bind | None:
     """torch's operation has one scale a row, the first of its groups here: less work than ours, and another product."""
     if weight.bits != 8 or weight.in_features % 32:
         return None
-    codes = _pool((unpack(weight)[0].to(torch.int16) - symmetric_zero(8)).to(torch.int8), pool_bytes)
+    codes = pool((unpack(weight)[0].to(torch.int16) - symmetric_zero(8)).to(torch.int8), pool_bytes)
     scale = weight.scale[:, 0].to(torch.bfloat16).contiguous()
 
     def bind(x: Tensor) -> Step:
@@ -138,17 +147,21 @@ def _copies(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
     return tensor.expand(count, *tensor.shape).contiguous().unbind()
 
 
-def _pool(tensor: Tensor, pool_bytes: int) -> tuple[Tensor, ...]:
+def pool(tensor: Tensor, pool_bytes: int) -> tuple[Tensor, ...]:
+    """Return as many copies as fill a pool."""
     return _copies(tensor, copies_in(pool_bytes, tensor.nbytes))
 
 
-def _has_room(name: str, weight: PackedWeight, pool_bytes: int, element_bytes: int) -> bool:
-    """Whether copies for a pool, with what preparing them takes, leave three quarters of the free memory alone."""
-    needed, free = pool_bytes + weight.out_features * weight.in_features * element_bytes, _free_bytes()
-    fits = needed <= free // _SHARE_OF_FREE_MEMORY
+def has_room(name: str, weight: PackedWeight, pool_bytes: int, element_bytes: int, free_bytes: int) -> bool:
+    """Whether copies for a pool, with what preparing them takes, leave three quarters of the free memory alone.
+
+    Says so if not.
+    """
+    needed = pool_bytes + weight.out_features * weight.in_features * element_bytes
+    fits = needed <= free_bytes // _SHARE_OF_FREE_MEMORY
     if not fits:
         shape = f"N {weight.out_features}, K {weight.in_features}"
-        say(f"{name}: left out at {shape}, it may take {format_bytes(needed)} of {format_bytes(free)} free")
+        say(f"{name}: left out at {shape}, it may take {format_bytes(needed)} of {format_bytes(free_bytes)} free")
     return fits
 
 

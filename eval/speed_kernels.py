@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eval import speed_cpu
-from eval.timing import Samples, paired
+from eval.timing import Samples
 from kernels.packed import PackedWeight
 from offload.command import Progress
 from offload.errors import UsageError
+
+if TYPE_CHECKING:
+    from eval import speed_cuda  # needs triton, which a machine without a GPU may lack
 
 MODEL_SHAPES = {
     "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -40,6 +43,9 @@ PEERS = (
     "marlin",
 )
 """What ours is set against, where it is installed and takes the shape."""
+
+_READS = ("read", "read mapped")
+"""What only reads the packed bytes, from the memory they lie in. "X mapped" is held against the second."""
 
 _SAMPLE_SECONDS = 0.02
 _MEMORY_BOUND_BATCH = 16
@@ -101,25 +107,35 @@ class Measurement:
             **{f"x_{name.replace(' ', '_')}": round(over[name], 2) if name in over else "" for name in PEERS},
             "bits": self.case.bits,
             "device": self.device,
+            **({} if self.device == "cpu" else {"backend": "triton"}),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """What one run measured."""
+    """What one run measured, and the versions of the packages it was set against besides torch."""
 
     measurements: tuple[Measurement, ...]
+    peer_versions: str
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for every contender at every case."""
-        return [measurement.row() for measurement in self.measurements]
+        return [measurement.row() | {"peer_versions": self.peer_versions} for measurement in self.measurements]
 
     def table(self) -> str:
-        """Return a line for every contender at every case."""
-        header = (
-            f"{'N':>6} {'K':>6} {'M':>5}  {'contender':12} {'median':>10} {'packed':>11} {'':>12} {'of read':>8}  over"
-        )
-        return "\n".join([header, *map(_line, self.measurements)])
+        """Return a line for every contender at every case, with how many times as fast as each peer it is."""
+        peers = [name for name in PEERS if any(name in item.peers for item in self.measurements)]
+        header = f"{'N':>6} {'K':>6} {'M':>5}  {'contender':13} {'us':>9} {'GB/s':>6} {'GOP/s':>6} {'of read':>7}"
+        lines = [header + "".join(f"{'x ' + name:>14}" for name in peers)]
+        for item in self.measurements:
+            row = item.row()
+            of_read = "" if item.limit is None else f"{row['of_read']:.0%}"
+            lines.append(
+                f"{item.case.n:6} {item.case.k:6} {item.case.m:5}  {item.contender:13} {row['p50_us']:9} "
+                f"{item.packed_gb_per_second:6.1f} {item.gop_per_second:6.0f} {of_read:>7}"
+                + "".join(f"{row[f'x_{name}'.replace(' ', '_')]:>14}" for name in peers)
+            )
+        return "\n".join(lines)
 
     def draw(self, path: Path) -> None:
         """Draw the speed-up over the batch. Raises ResourceError without matplotlib."""
@@ -133,6 +149,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shapes", default="llama-3-8b", help=f"{', '.join(MODEL_SHAPES)}, or NxK, separated by commas")
     add("--batches", default="1,4,16,32,64,128,512,2048", help="activations M, separated by commas")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the products run")
     add("--bits", type=int, choices=[4, 8], default=4, help="of a weight's code")
     add("--group-size", type=int, choices=[32, 64, 128], default=128, help="weights that share a scale")
     add("--rounds", type=int, default=15, help="samples of each contender")
@@ -146,28 +163,39 @@ def measure(options: argparse.Namespace) -> KernelReport:
         if k % options.group_size:
             raise UsageError(f"--group-size {options.group_size}: does not divide K={k}")
     cases = [Case(n, k, options.group_size, m, options.bits) for n, k in shapes for m in batches]
-    return KernelReport(tuple(_measurements(cases, options)))
+    contenders = _contenders(options)
+    return KernelReport(tuple(_measurements(cases, contenders, options)), contenders.peer_versions)
 
 
-def _measurements(cases: list[Case], options: argparse.Namespace) -> Iterator[Measurement]:
+def _measurements(
+    cases: list[Case], contenders: "speed_cpu.Contenders | speed_cuda.Contenders", options: argparse.Namespace
+) -> Iterator[Measurement]:
     """Time every contender at every case; the cases of a shape follow each other and share its copies."""
-    prepare = speed_cpu.Contenders(options.ggml)
     progress = Progress("product", len(cases))
     for (n, k), of_shape in groupby(cases, lambda case: (case.n, case.k)):
-        binds = prepare(random_weight(n, k, options.group_size, options.bits))
+        binds = contenders(random_weight(n, k, options.group_size, options.bits))
         for case in of_shape:
-            x = torch.randn(case.m, k)
-            bound = {name: bind(x) for name, bind in binds.items()}
-            if case.m > _MEMORY_BOUND_BATCH:
-                bound.pop("read", None)
-            times = paired(
-                {name: step for name, step in bound.items() if step is not None}, options.rounds, _SAMPLE_SECONDS
-            )
-            limit = times.pop("read", None)
+            x = contenders.activations(case.m, k)
+            left_out = () if case.m <= _MEMORY_BOUND_BATCH else _READS
+            bound = {name: bind(x) for name, bind in binds.items() if name not in left_out}
+            steps = {name: step for name, step in bound.items() if step is not None}
+            times = contenders.time(steps, case.m, options.rounds, _SAMPLE_SECONDS)
             peers = {name: time for name, time in times.items() if name in PEERS}
-            for name, time in times.items():
-                yield Measurement(case, name, time, limit, peers)
+            for name in (name for name in times if name not in _READS):
+                limit = times.get("read mapped" if name.endswith(" mapped") else "read")
+                yield Measurement(case, name, times[name], limit, peers, options.device)
             progress.advance(f"N {n}, K {k}, M {case.m}")
+
+
+def _contenders(options: argparse.Namespace) -> "speed_cpu.Contenders | speed_cuda.Contenders":
+    """Return the contenders of the device that was named. Raises UsageError where there is none."""
+    if options.device == "cpu":
+        return speed_cpu.Contenders(options.ggml)
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device; leave it out to measure the CPU")
+    from eval import speed_cuda
+
+    return speed_cuda.Contenders(torch.device("cuda", torch.cuda.current_device()))
 
 
 def random_weight(n: int, k: int, group_size: int, bits: int) -> PackedWeight:
@@ -196,15 +224,3 @@ def _batches(text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--batches {text!r}: expected numbers above zero, separated by commas")
     return [int(part) for part in parts]
-
-
-def _line(item: Measurement) -> str:
-    row = item.row()
-    of_read = f"{row['of_read']:.0%}" if row["of_read"] != "" else "-"
-    peers = "  ".join(
-        f"{name} {item.time.speedup_over(peer):.2f}x" for name, peer in item.peers.items() if name != item.contender
-    )
-    return (
-        f"{item.case.n:6} {item.case.k:6} {item.case.m:5}  {item.contender:12} {row['p50_us']:>7} us "
-        f"{row['packed_gb_per_s']:6.1f} GB/s {row['gop_per_s']:6.0f} GOP/s {of_read:>8}  {peers}"
-    )

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_kernels import dequantize_kernel, matmul_kernel, reduce_kernel
+from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
 from kernels.triton_matmul import TUNINGS, Tile
 
 _CAPABILITIES = (80, 90, 100)
@@ -89,6 +89,7 @@ def configurations(capability: int) -> Iterator[Configuration]:
     Codes of 8 bits, which are not gated, are there in their longest groups and whole rows alone.
     """
     tuning = TUNINGS[capability // 10]
+    yield _configuration("read", read_kernel, {"words": "*i32", "sums_P": "*i32"}, {"BLOCK": 1024}, 4, 1)
     for dtype in ("fp16", "bf16"):
         for (bits, group), has_zero in product(_BITS_AND_GROUPS, (False, True)):
             zero = {"zero_NC": "*i32"} if has_zero else {}

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from kernels.packed import PackedWeight
-from kernels.triton_kernels import dequantize_kernel, matmul_kernel, reduce_kernel
+from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
 
 _OLDEST = 8
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -68,6 +68,7 @@ spills, and the decode loop keeps to 4 instructions a weight. `fused_batch` and 
 what each path moves and issues, and have not met a GPU yet."""
 
 _LARGEST_SPLIT = 16
+_READ_BLOCK, _READS_PER_PROCESSOR = 1024, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,26 @@ def dequant_matmul_triton(
         else:
             y = fused(rows, weight, bias, workspace, plan_launch(len(rows), weight, tuning, processors, mapped))
     return y.view(*x.shape[:-1], weight.out_features)
+
+
+def most_mapped(device: torch.device) -> int:
+    """Return how many activations a weight in host memory is multiplied by at once."""
+    return _tuning(device)[0].mapped.block_m
+
+
+def read_sums(buffer: Tensor, device: torch.device) -> Tensor:
+    """Read a buffer once, as fast as the memory it lies in gives it: the limit of a product with so many bytes.
+
+    buffer: uint8, a multiple of 4 bytes, on the device or in pinned host memory. Returns int32 sums of its words, one a
+    program, on the device.
+    """
+    words = buffer.view(torch.int32)
+    programs = _READS_PER_PROCESSOR * _tuning(device)[1]
+    sums = torch.empty(programs, dtype=torch.int32, device=device)
+    steps = triton.cdiv(len(words), programs * _READ_BLOCK)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        read_kernel[(programs,)](words, sums, len(words), steps, BLOCK=_READ_BLOCK, num_warps=4)
+    return sums
 
 
 @cache

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -162,7 +165,7 @@ def test_the_command_prints_a_table_records_rows_and_draws(tmp_path: Path, capsy
     assert all(float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) for row in rows)
     assert all((row["of_read"] != "") == (row["m"] == "1") for row in rows)
     assert rows[0]["command"].startswith("python -m eval.speed kernels --shapes 64x256")
-    assert "over" in printed.out
+    assert "of read  x torch fp32  x torch bf16  x torch int4" in printed.out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -172,6 +175,61 @@ def test_the_command_prints_json_with_another_process_busy(capsys: pytest.Captur
     rows = json.loads(capsys.readouterr().out)
     assert {(row["busy"], row["bits"], row["device"]) for row in rows} == {(1, 8, "cpu")}
     assert "torch int8" in {row["contender"] for row in rows}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--device", "cuda"]) == 2
+    message = "error: --device cuda: torch finds no CUDA device; leave it out to measure the CPU\n"
+    assert capsys.readouterr().err == message
+
+
+def interpreted_contenders(bits: int) -> None:
+    """Assert that what a GPU is given multiplies by the same weight, in a process where Triton interprets."""
+    from eval import speed_cuda
+
+    torch.manual_seed(0)
+    device, weight = torch.device("cpu"), random_weight(64, 256, 64, bits)
+    w = dequantize(weight)
+    with patch.multiple(speed_cuda, _POOL_BYTES=40_000, _free_bytes=lambda _: 1 << 30):
+        binds = speed_cuda.Contenders(device)(weight)
+    assert {"triton", "triton mapped", "read", "read mapped", "torch fp32", "torch bf16"} == set(binds)
+    assert binds["triton mapped"](torch.zeros(17, 256)) is None, "that many are not read across the bus"
+    x = torch.randn(3, 256)
+    plain = error(x.bfloat16() @ w.bfloat16().T, x, w)
+    for name in binds.keys() - {"read", "read mapped"}:
+        step = binds[name](x)
+        assert step is not None
+        for i in range(3):
+            found = step(i)
+            assert isinstance(found, Tensor)
+            assert error(found.float(), x, w) <= 2 * plain, name
+    read = binds["read"](x)
+    assert read is not None
+    words = torch.cat((weight.codes.view(-1), weight.scale.view(-1).view(torch.uint8))).view(torch.int32)
+    for i in range(3):
+        sums = read(i)
+        assert isinstance(sums, Tensor)
+        assert int(sums.sum().to(torch.int32)) == int(words.sum().to(torch.int32))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_a_gpu_is_given_multiplies_by_the_same_weight(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(interpreted_contenders, bits).result(timeout=120)
+
+
+@pytest.mark.gpu
+def test_the_command_measures_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--shapes", "1024x4096", "--batches", "1,17", "--rounds", "2", "--device", "cuda", "--json"]
+    assert main(["kernels", *flags]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    measured = {(row["contender"], row["m"]): row["of_read"] for row in rows}
+    assert {("triton", 1), ("triton mapped", 1), ("triton", 17), ("torch bf16", 17), ("torch int4", 1)} <= set(measured)
+    assert ("triton mapped", 17) not in measured
+    assert all((of_read != "") == (m == 1) for (_, m), of_read in measured.items())
+    assert {(row["device"], row["backend"]) for row in rows} == {("cuda", "triton")}
 
 
 @pytest.mark.parametrize(

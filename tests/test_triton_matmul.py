@@ -28,6 +28,7 @@ from kernels.triton_matmul import (
     dequant_matmul_triton,
     fused,
     plan_launch,
+    read_sums,
     workspace_elements,
 )
 
@@ -134,6 +135,15 @@ def interpreted_workspace() -> None:
     assert workspace_elements(1000, weight, torch.device("cpu")) == 0
 
 
+def interpreted_reads() -> None:
+    """Assert that every word of a buffer is read once, where the last block is and is not full."""
+    torch.manual_seed(0)
+    for words in (1, 1024, 200_001):
+        buffer = torch.randint(-(1 << 31), 1 << 31, (words,)).to(torch.int32)
+        sums = read_sums(buffer.view(torch.uint8), torch.device("cpu"))
+        assert sums.sum().to(torch.int32) == buffer.sum().to(torch.int32)
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """A process that imports triton anew, to interpret."""
@@ -175,6 +185,10 @@ def test_interpreted_launches_err_at_most_twice_as_much_as_torch(interpreter: Pr
 
 def test_interpreted_workspace(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(interpreted_workspace).result(timeout=60)
+
+
+def test_interpreted_reads(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_reads).result(timeout=60)
 
 
 def test_the_batches_tested_reach_every_way() -> None:
@@ -300,7 +314,7 @@ def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dic
     tuning = TUNINGS[8]
     tiles = [("matmul", tile) for tile in tuning.tiles] + [("mapped", tuning.mapped)]
     names = ["dequantize", *(f"{kind} {tile.block_m}x{tile.block_n}x{tile.largest_step}" for kind, tile in tiles)]
-    assert set(by_name) == {"reduce, fp16", "reduce, bf16"} | {
+    assert set(by_name) == {"read", "reduce, fp16", "reduce, bf16"} | {
         f"{kernel}, int{bits}, {dtype}, group {group}, {zero}"
         for kernel in names
         for dtype in ("fp16", "bf16")
