@@ -130,7 +130,6 @@ def _accelerate(model: Path, cpu_memory: int | None) -> Engine:
 
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
-    skeleton.tie_weights()
     places = dict.fromkeys(("model.embed_tokens", "model.layers", "lm_head"), "disk")
     places |= dict.fromkeys(("model.norm", "model.rotary_emb"), "cpu")
     loaded = load_checkpoint_and_dispatch(

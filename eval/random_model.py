@@ -29,7 +29,7 @@ _Q4_0_WEIGHTS, _Q6_K_WEIGHTS = 32, 256
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a Llama. tied: whether the head is the table of embeddings, in models that are not packed."""
+    """The sizes of a Llama. tied: whether the head is the table of embeddings, in the GGUF file."""
 
     layers: int
     hidden: int
@@ -54,7 +54,7 @@ class ModelShape:
             "mlp.down_proj": (self.hidden, self.mlp),
         }
 
-    def config(self, tied: bool) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Return config.json."""
         return {
             "model_type": "llama",
@@ -67,7 +67,7 @@ class ModelShape:
             "num_key_value_heads": self.key_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocabulary,
-            "tie_word_embeddings": tied,
+            "tie_word_embeddings": False,
             "max_position_embeddings": 8192,
             "rms_norm_eps": 1e-5,
             "eos_token_id": None,
@@ -108,7 +108,7 @@ def write_checkpoint(shape: ModelShape, directory: Path) -> None:
         head = _packed(noise, "lm_head", shape.vocabulary, shape.hidden, 8)
         head["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
         writer.write_shard(shape.layers + 1, "", head, {})
-        writer.finish(shape.config(tied=False), {})
+        writer.finish(shape.config(), {})
 
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -133,7 +133,10 @@ def _normal(noise: torch.Generator, size: tuple[int, ...], deviation: float = 1.
 
 
 def write_bfloat16(shape: ModelShape, directory: Path) -> None:
-    """Write a model for transformers, unless it is there, a shard a layer."""
+    """Write a model for transformers, unless it is there, a shard a layer; the head is a table of its own.
+
+    (accelerate 1.15 cannot offload tied weights to disk: it looks for the head in the index.)
+    """
     if (directory / INDEX_NAME).exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -141,8 +144,7 @@ def write_bfloat16(shape: ModelShape, directory: Path) -> None:
     weight_map: dict[str, str] = {}
     embeddings = {"model.embed_tokens.weight": _normal(noise, (shape.vocabulary, shape.hidden))}
     embeddings["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
-    if not shape.tied:
-        embeddings["lm_head.weight"] = _normal(noise, (shape.vocabulary, shape.hidden), shape.hidden**-0.5)
+    embeddings["lm_head.weight"] = _normal(noise, (shape.vocabulary, shape.hidden), shape.hidden**-0.5)
     progress = Progress(f"writing {directory.name}", shape.layers)
     for index in range(-1, shape.layers):
         tensors, file = embeddings, f"model-{index + 2:05d}-of-{shape.layers + 1:05d}.safetensors"
@@ -154,7 +156,7 @@ def write_bfloat16(shape: ModelShape, directory: Path) -> None:
             progress.advance()
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    (directory / "config.json").write_text(json.dumps(shape.config(shape.tied)))
+    (directory / "config.json").write_text(json.dumps(shape.config()))
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 

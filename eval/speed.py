@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval import speed_kernels
+from eval import speed_executor, speed_kernels
 from eval.results import RESULTS, append, circumstances, command_line
 from offload.command import Parser, run, say
 
@@ -44,6 +44,9 @@ class Subject:
 SUBJECTS: Mapping[str, Subject] = {
     "kernels": Subject(
         "the product with packed weights, at the shapes of real models", speed_kernels.add_flags, speed_kernels.measure
+    ),
+    "executor": Subject(
+        "whole models within a memory limit, against other engines", speed_executor.add_flags, speed_executor.measure
     ),
 }
 
