@@ -18,46 +18,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
-from kernels.packed import PackedWeight, codes_per_word
+from kernels.packed import codes_per_word
 from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
+from offload.embedding import DiskEmbedding
 from offload.errors import CheckpointError, UsageError
 from offload.fused import fuse
+from offload.layer_view import PACKED, SCALE, SHAPE, ZERO, LayerView, layer_view
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, own_memory_bytes, trim_memory
 from offload.placement import CODE_BYTES, Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
 from offload.skeleton import build_skeleton, read_config
 from offload.transfer import Slots, read_blob
-
-_PACKED, _SCALE, _ZERO, _SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerView:
-    """One layer's tensors as they lie in one arena, each with the place in the model it is for.
-
-    packed: linears and their weights. others: tables of parameters or buffers, the key in each, and the tensor there.
-    converted: those of them that are wanted in another dtype, and the tensors of the arena that they are filled from.
-    """
-
-    packed: tuple[tuple[PackedLinear, PackedWeight], ...]
-    others: tuple[tuple[dict[str, Any], str, Tensor], ...]
-    converted: tuple[tuple[Tensor, Tensor], ...]
-
-    def attach(self) -> None:
-        """Put every tensor in its place."""
-        for linear, weight in self.packed:
-            linear.packed = weight
-        for target, source in self.converted:
-            target.copy_(source)
-        for table, key, tensor in self.others:
-            table[key] = tensor
-
-    def detach(self) -> None:
-        """Leave nothing behind that could be read after the arena has another layer in it."""
-        for linear, _ in self.packed:
-            linear.packed = None
-        for table, key, tensor in self.others:
-            table[key] = torch.empty_like(tensor, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +65,7 @@ def load(
     names = _replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]
+    embedding = _embedding_of(model, fixed)
     widening = element.element_size() / 2
     trim_memory()
     needs = Needs(
@@ -102,10 +74,14 @@ def load(
         cache_bytes=cache_bytes(config, context_tokens, element.element_size()),
         activation_bytes=activation_bytes(config, min(context_tokens, prefill_chunk_tokens)),
         layers_bytes=layer_bytes(checkpoint),
+        embedding_bytes=0 if embedding is None else int(embedding[0].tensors[embedding[1]].nbytes * widening),
     )
     executor = Executor(model, checkpoint, plan(needs, cpu_memory), poison)
     for blob in fixed:
-        executor.attach_fixed(blob)
+        if executor.placement.embedding_on_disk and embedding is not None and blob is embedding[0]:
+            executor.attach_embedding(*embedding)
+        else:
+            executor.attach_fixed(blob)
     model.tie_weights()
     fuse(model, executor.layers, executor.in_memory)
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
@@ -117,6 +93,16 @@ def load(
     if (checkpoint.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return model
+
+
+def _embedding_of(model: PreTrainedModel, fixed: Sequence[LayerBlob]) -> tuple[LayerBlob, str] | None:
+    """Return the shard and the name of plain embeddings that nothing but tokens reads, None if there are none."""
+    module = model.get_input_embeddings()
+    names = [f"{name}.weight" for name, found in model.named_modules() if found is module]
+    tied = getattr(model, "all_tied_weights_keys", {}) or {}
+    if type(module) is not nn.Embedding or set(names) & {*tied, *tied.values()}:
+        return None
+    return next(((blob, name) for blob in fixed for name in names if name in blob.tensors), None)
 
 
 def _canonical_strides(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -146,13 +132,14 @@ class Executor:
         streamed = [blob for blob, tier in zip(self.blobs, placement.tiers, strict=True) if tier == "disk"]
         self.slots = Slots(streamed, placement.depth, self.reader, verify, poison) if streamed else None
         self._views: dict[tuple[int, int], LayerView] = {}
+        self._embedding: DiskEmbedding | None = None
         for blob, tier in zip(self.blobs, placement.tiers, strict=True):
             layer = model.get_submodule(blob.module)
             if tier == "host":
                 arena = Arena(blob.nbytes)
                 read_blob(self.reader, blob, arena)
                 verify(blob, arena)
-                self._view(blob, arena).attach()
+                self._view_of(blob, arena).attach()
             else:
                 position = streamed.index(blob)
                 layer.register_forward_pre_hook(partial(self._before, position))
@@ -192,24 +179,36 @@ class Executor:
         weight = head.packed.codes if isinstance(head, PackedLinear) and head.packed else head.weight.detach()
         return weight.reshape(-1).view(torch.uint8)
 
+    def attach_embedding(self, blob: LayerBlob, name: str) -> None:
+        """Leave the embeddings `name` in their shard, and read what else there is in it."""
+        self._embedding = DiskEmbedding(blob, name, self.model.dtype)
+        self.model.set_submodule(name.removesuffix(".weight"), self._embedding)
+        if (rest := blob.without(name)) is not None:
+            self.attach_fixed(rest)
+
     def attach_fixed(self, blob: LayerBlob) -> None:
         """Read what lies outside the decoder layers, in the model's dtype, to stay."""
         arena = Arena(blob.nbytes)
         read_blob(self.reader, blob, arena)
         verify(blob, arena)
-        self._view(blob, arena).attach()
+        self._view_of(blob, arena).attach()
 
     def close(self) -> None:
         """Stop reading and close the files; the model cannot run afterwards."""
         if self.slots is not None:
             self.slots.close()
         self.reader.close()
+        if self._embedding is not None:
+            self._embedding.close()
+
+    def _view_of(self, blob: LayerBlob, arena: Arena) -> LayerView:
+        return layer_view(self.model, blob, arena, self.checkpoint.recipe.group_size)
 
     def _before(self, position: int, layer: nn.Module, arguments: Any) -> None:
         assert self.slots is not None, "only streamed layers have this hook"
         slot = self.slots.wait(position)
         if (position, slot) not in self._views:
-            self._views[position, slot] = self._view(self.streamed_blobs[position], self.slots.arenas[slot])
+            self._views[position, slot] = self._view_of(self.streamed_blobs[position], self.slots.arenas[slot])
         self._views[position, slot].attach()
         self._attached = self._views[position, slot]
 
@@ -218,40 +217,10 @@ class Executor:
         self._attached.detach()
         self.slots.release(position)
 
-    def _view(self, blob: LayerBlob, arena: Arena) -> LayerView:
-        """Describe where a shard's tensors lie in `arena` and where in the model they belong."""
-        layer, prefix = self.model.get_submodule(blob.module), f"{blob.module}." if blob.module else ""
-        tensors = {
-            name.removeprefix(prefix): arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
-            for name, spec in blob.tensors.items()
-        }
-        packed: list[tuple[PackedLinear, PackedWeight]] = []
-        others: list[tuple[dict[str, Any], str, Tensor]] = []
-        converted: list[tuple[Tensor, Tensor]] = []
-        for name in [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]:
-            codes = tensors.pop(name + _PACKED).view(torch.uint8)
-            scale, zero = tensors.pop(name + _SCALE), tensors.pop(name + _ZERO, None)
-            tensors.pop(name + _SHAPE)
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, PackedLinear), f"{name} was not replaced"
-            group_size = self.checkpoint.recipe.group_size or linear.in_features
-            packed.append((linear, PackedWeight(codes, scale, zero, group_size, linear.bits)))
-        for name, tensor in tensors.items():
-            owner_name, _, key = name.rpartition(".")
-            owner = layer.get_submodule(owner_name)
-            if tensor.is_floating_point() and tensor.dtype != self.model.dtype:
-                source, tensor = tensor, torch.empty_like(tensor, dtype=self.model.dtype)
-                converted.append((tensor, source))
-            if key in owner._parameters:
-                others.append((owner._parameters, key, nn.Parameter(tensor, requires_grad=False)))
-            else:
-                others.append((owner._buffers, key, tensor))
-        return LayerView(tuple(packed), tuple(others), tuple(converted))
-
 
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:
     """Put a PackedLinear where the checkpoint holds a packed weight; return their names."""
-    names = [name.removesuffix(_PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(_PACKED)]
+    names = [name.removesuffix(PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(PACKED)]
     modules = dict(model.named_modules())
     for name in names:
         linear = modules.get(name)
@@ -296,11 +265,11 @@ def _expected_tensors(
         linear = model.get_submodule(name)
         rows, inputs = int(linear.out_features), int(linear.in_features)
         groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(linear.bits)
-        expected[name + _PACKED] = ((rows, inputs // per_word), (torch.int32,))
-        expected[name + _SCALE] = ((rows, groups), (torch.bfloat16, torch.float16))
-        expected[name + _SHAPE] = ((2,), (torch.int64,))
+        expected[name + PACKED] = ((rows, inputs // per_word), (torch.int32,))
+        expected[name + SCALE] = ((rows, groups), (torch.bfloat16, torch.float16))
+        expected[name + SHAPE] = ((2,), (torch.int64,))
         if not checkpoint.recipe.symmetric:
-            expected[name + _ZERO] = ((-(-rows // per_word), groups), (torch.int32,))
+            expected[name + ZERO] = ((-(-rows // per_word), groups), (torch.int32,))
     return expected
 
 
@@ -313,7 +282,7 @@ def verify(blob: LayerBlob, arena: Arena) -> None:
                 f"{blob.path}: tensor {name!r} is damaged (checksum {found}, {blob.checksums[name]} in the manifest); "
                 "copy or download the checkpoint again"
             )
-        if name.endswith(_SCALE):
+        if name.endswith(SCALE):
             _check_scale(blob, name, arena, spec)
 
 

@@ -1,11 +1,11 @@
 """Where every layer lives: decided from sizes and a budget before anything is loaded.
 
 On a machine without a GPU a decoder layer is either on the `host`, in memory for good, or on `disk`, read into a ring
-of slots for each pass; embeddings, norms and head are always on the host. The budget is one for the whole process,
-with Python and the libraries in it.
+of slots for each pass; norms and head are always on the host, the embeddings, of which a token reads a single row, stay
+in their file as soon as memory is short. The budget is one for the whole process, with Python and the libraries in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import PretrainedConfig
@@ -30,7 +30,8 @@ class Needs:
     """What a model takes beside its decoder layers, in bytes, and what each layer takes.
 
     runtime: Python, torch and transformers, their code included. fixed: embeddings, norms and head. cache: keys and
-    values at the asked context. activations: the largest pass. layers: one entry a decoder layer, in order.
+    values at the asked context. activations: the largest pass. layers: one entry a decoder layer, in order. embedding:
+    what of the fixed bytes is a table that can be left on disk.
     """
 
     runtime_bytes: int
@@ -38,6 +39,11 @@ class Needs:
     cache_bytes: int
     activation_bytes: int
     layers_bytes: tuple[int, ...]
+    embedding_bytes: int = 0
+
+    def without_embedding(self) -> "Needs":
+        """Return what is needed when the embeddings are left on disk."""
+        return replace(self, fixed_bytes=self.fixed_bytes - self.embedding_bytes, embedding_bytes=0)
 
     @property
     def around_bytes(self) -> int:
@@ -47,12 +53,16 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The tier of every decoder layer, the depth of the ring for those on disk, and what all of it takes."""
+    """The tier of every decoder layer, the depth of the ring for those on disk, and what all of it takes.
+
+    needs: of what is in memory; without the embeddings if they are on disk.
+    """
 
     tiers: tuple[Tier, ...]
     depth: int
     needs: Needs
     budget_bytes: int | None
+    embedding_on_disk: bool = False
 
     @property
     def disk_bytes(self) -> int:
@@ -80,6 +90,11 @@ def plan(needs: Needs, budget_bytes: int | None) -> Placement:
     everything = Placement(tuple(all_kept), 0, needs, budget_bytes)
     if budget_bytes is None or everything.expected_bytes <= budget_bytes:
         return everything
+    on_disk = needs.embedding_bytes > 0
+    needs = needs.without_embedding()
+    all_layers = replace(everything, needs=needs, embedding_on_disk=on_disk)
+    if all_layers.expected_bytes <= budget_bytes:
+        return all_layers
     largest = max(needs.layers_bytes)
     depth = min(_DEPTH, count)
     while depth > 1 and needs.around_bytes + depth * largest > budget_bytes:
@@ -91,7 +106,7 @@ def plan(needs: Needs, budget_bytes: int | None) -> Placement:
     tiers: list[Tier] = ["disk"] * count
     for index in range(kept):
         tiers[index * count // kept] = "host"
-    return Placement(tuple(tiers), min(depth, count - kept), needs, budget_bytes)
+    return Placement(tuple(tiers), min(depth, count - kept), needs, budget_bytes, on_disk)
 
 
 def _too_small(needs: Needs, budget_bytes: int) -> str:
@@ -137,7 +152,10 @@ def describe(placement: Placement) -> str:
     kept_bytes = sum(needs.layers_bytes) - placement.disk_bytes
     lines = [
         ("Python, torch, transformers", needs.runtime_bytes),
-        ("embeddings, norms, head", needs.fixed_bytes),
+        (
+            "norms, head; embeddings on disk" if placement.embedding_on_disk else "embeddings, norms, head",
+            needs.fixed_bytes,
+        ),
         ("keys and values", needs.cache_bytes),
         ("activations and reserve", needs.activation_bytes + _RESERVE_BYTES),
         (f"{kept} of {count} layers, kept in memory", kept_bytes),

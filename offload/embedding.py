@@ -1,0 +1,77 @@
+"""Input embeddings that stay in their file: a token reads one row, so they are the cheapest bytes to do without."""
+
+import os
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from offload.checkpoint import LayerBlob
+from offload.errors import CheckpointError
+
+_CHUNK_BYTES = 8 << 20
+
+
+class DiskEmbedding(nn.Module):
+    """Stands where an `nn.Embedding` was; reads the rows that are asked for, through the page cache.
+
+    blob, name: the shard and the tensor in it, [vocabulary, hidden], whose checksum is compared with the manifest now.
+    dtype: of the result. Raises CheckpointError if the file cannot be read, or is not what was written.
+    """
+
+    def __init__(self, blob: LayerBlob, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._blob, self._name = blob, name
+        spec = blob.tensors[name]
+        self._start, self._row_bytes, self._stored = blob.offset + spec.offset, spec.nbytes // spec.shape[0], spec.dtype
+        self.num_embeddings, self.embedding_dim = spec.shape
+        try:
+            self._descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{blob.path}: cannot be opened ({error.strerror})") from None
+        # No row is held; what asks the model for its device and dtype asks the first parameter.
+        self.weight = nn.Parameter(torch.empty(0, self.embedding_dim, dtype=dtype), requires_grad=False)
+        self._verify()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the rows of int64 tokens [...], as [..., hidden] in the model's dtype."""
+        distinct, places = tokens.unique(return_inverse=True)
+        rows = torch.empty(len(distinct), self.embedding_dim, dtype=self._stored)
+        held = memoryview(rows.view(torch.uint8).numpy().data)
+        for row, token in enumerate(distinct.tolist()):
+            if not 0 <= token < self.num_embeddings:
+                raise IndexError(f"token {token}: the vocabulary has {self.num_embeddings}")
+            self._read(token * self._row_bytes, held[row : row + 1].cast("B"))
+        return rows[places].to(self.weight.dtype)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _verify(self) -> None:
+        checksum, left, done = xxhash.xxh3_64(), self.num_embeddings * self._row_bytes, 0
+        chunk = bytearray(min(_CHUNK_BYTES, left))
+        while left:
+            part = memoryview(chunk)[: min(len(chunk), left)]
+            self._read(done, part)
+            checksum.update(part)
+            done, left = done + len(part), left - len(part)
+        os.posix_fadvise(self._descriptor, self._start, done, os.POSIX_FADV_DONTNEED)
+        if checksum.hexdigest() != self._blob.checksums[self._name]:
+            raise CheckpointError(
+                f"{self._blob.path}: tensor {self._name!r} is damaged (checksum {checksum.hexdigest()}, "
+                f"{self._blob.checksums[self._name]} in the manifest); copy or download the checkpoint again"
+            )
+
+    def _read(self, offset: int, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self._descriptor, [target[done:]], self._start + offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self._blob.path}: cannot be read ({error.strerror})") from None
+            if count == 0:
+                raise CheckpointError(f"{self._blob.path}: was truncated while in use")
+            done += count

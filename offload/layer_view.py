@@ -1,0 +1,79 @@
+"""A shard in memory, as views that are put in their places in the model and taken out again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kernels.packed import PackedWeight
+from offload.checkpoint import LayerBlob
+from offload.linear import PackedLinear
+from offload.memory import Arena
+
+PACKED, SCALE, ZERO, SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
+"""What follows the name of a packed linear in the names of its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer's tensors as they lie in one arena, each with the place in the model it is for.
+
+    packed: linears and their weights. others: tables of parameters or buffers, the key in each, and the tensor there.
+    converted: those of them that are wanted in another dtype, and the tensors of the arena that they are filled from.
+    """
+
+    packed: tuple[tuple[PackedLinear, PackedWeight], ...]
+    others: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    converted: tuple[tuple[Tensor, Tensor], ...]
+
+    def attach(self) -> None:
+        """Put every tensor in its place."""
+        for linear, weight in self.packed:
+            linear.packed = weight
+        for target, source in self.converted:
+            target.copy_(source)
+        for table, key, tensor in self.others:
+            table[key] = tensor
+
+    def detach(self) -> None:
+        """Leave nothing behind that could be read after the arena has another layer in it."""
+        for linear, _ in self.packed:
+            linear.packed = None
+        for table, key, tensor in self.others:
+            table[key] = torch.empty_like(tensor, device="meta")
+
+
+def layer_view(model: PreTrainedModel, blob: LayerBlob, arena: Arena, group_size: int | None) -> LayerView:
+    """Describe where a shard's tensors lie in `arena` and where in the model they belong.
+
+    group_size: of the packed weights, None for one group a row.
+    """
+    layer, prefix = model.get_submodule(blob.module), f"{blob.module}." if blob.module else ""
+    tensors = {
+        name.removeprefix(prefix): arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
+        for name, spec in blob.tensors.items()
+    }
+    packed: list[tuple[PackedLinear, PackedWeight]] = []
+    others: list[tuple[dict[str, Any], str, Tensor]] = []
+    converted: list[tuple[Tensor, Tensor]] = []
+    for name in [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]:
+        codes = tensors.pop(name + PACKED).view(torch.uint8)
+        scale, zero = tensors.pop(name + SCALE), tensors.pop(name + ZERO, None)
+        tensors.pop(name + SHAPE)
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, PackedLinear), f"{name} was not replaced"
+        weight = PackedWeight(codes, scale, zero, group_size or linear.in_features, linear.bits)
+        packed.append((linear, weight))
+    for name, tensor in tensors.items():
+        owner_name, _, key = name.rpartition(".")
+        owner = layer.get_submodule(owner_name)
+        if tensor.is_floating_point() and tensor.dtype != model.dtype:
+            source, tensor = tensor, torch.empty_like(tensor, dtype=model.dtype)
+            converted.append((tensor, source))
+        if key in owner._parameters:
+            others.append((owner._parameters, key, nn.Parameter(tensor, requires_grad=False)))
+        else:
+            others.append((owner._buffers, key, tensor))
+    return LayerView(tuple(packed), tuple(others), tuple(converted))
