@@ -1,6 +1,5 @@
 """The contenders on the CPU: our levels, torch's linears and its products with codes, ggml, and the read of memory."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -166,7 +165,9 @@ def has_room(name: str, weight: PackedWeight, pool_bytes: int, element_bytes: in
 
 
 def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return what can be had without swapping, the page cache in it."""
+    text = Path("/proc/meminfo").read_text()
+    return int(text.partition("MemAvailable:")[2].split()[0]) << 10
 
 
 def _pool_bytes() -> int:

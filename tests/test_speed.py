@@ -213,11 +213,11 @@ def interpreted_contenders(bits: int) -> None:
         assert int(sums.sum().to(torch.int32)) == int(words.sum().to(torch.int32))
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_what_a_gpu_is_given_multiplies_by_the_same_weight(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_is_given_multiplies_by_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(interpreted_contenders, bits).result(timeout=120)
+        for bits in BITS:
+            pool.submit(interpreted_contenders, bits).result(timeout=120)
 
 
 @pytest.mark.gpu
