@@ -224,15 +224,23 @@ void exact(const int4::Weight& w, const float* x, int64_t batch, const float* bi
     delete[] values;
 }
 
-// Touch every byte once, in order: what memory gives to a loop that does nothing else.
+// Touch every byte once, in several runs side by side: what memory gives to a loop that does nothing else. (Measured,
+// 2 threads, Granite Rapids, 960 MiB: 33 GB/s in 8 runs that prefetch 1 KiB ahead, 28 in one run of the same loads.)
 int64_t read(const uint8_t* data, int64_t bytes) {
+    constexpr int64_t kRuns = 8, kAheadBytes = 1024;
+    const int64_t run = bytes / kRuns / kLineBytes * kLineBytes;
     int64_t lanes[8] = {};
-    for (int64_t i = 0; i + kLineBytes <= bytes; i += kLineBytes) {
-        prefetch(data + i);
+    const auto add = [&](const uint8_t* line) {
         int64_t words[8];
-        __builtin_memcpy(words, data + i, 64);
+        __builtin_memcpy(words, line, 64);
         for (int j = 0; j < 8; ++j) lanes[j] += words[j];
-    }
+    };
+    for (int64_t i = 0; i < run; i += kLineBytes)
+        for (const uint8_t* line = data + i; line < data + kRuns * run; line += run) {
+            __builtin_prefetch(line + kAheadBytes);
+            add(line);
+        }
+    for (int64_t i = kRuns * run; i + kLineBytes <= bytes; i += kLineBytes) add(data + i);
     int64_t total = 0;
     for (int j = 0; j < 8; ++j) total += lanes[j];
     return total;
