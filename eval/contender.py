@@ -1,6 +1,6 @@
 """A process that runs one model with one engine and is told what to do, so that several can be timed in turn.
 
-    python -m eval.contender ENGINE MODEL [--cpu-memory BYTES]
+    python -m eval.contender ENGINE MODEL [--cpu-memory BYTES] [--context TOKENS]
 
 reads one command a line from stdin (`load`, `prefill TOKENS`, `decode TOKENS`, `facts`) and answers each with one JSON
 object on stdout. Nothing is imported before `load`, so that the process can be put into a control group first.
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PROMPT_TOKENS = 16
-_CONTEXT_TOKENS = 1024
+PROMPT_TOKENS = 16
+"""Of the prompt that decoding starts from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Engine:
 
     def decode(self, tokens: int) -> float:
         """Return the seconds that one token takes, the mean of so many, after a short prompt."""
-        prompt = list(range(1, _PROMPT_TOKENS + 1))
+        prompt = list(range(1, PROMPT_TOKENS + 1))
         if self.generate is not None:
             times = self.generate(prompt, tokens + 1)
         else:
@@ -51,13 +51,13 @@ class Engine:
         return (times[-1] - times[0]) / tokens
 
 
-def _ours(model: Path, cpu_memory: int | None) -> Engine:
+def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     """This toolkit, through transformers' own `generate()`."""
     import torch
 
     from offload.executor import executor_of, load
 
-    loaded = load(model, cpu_memory=cpu_memory, context_tokens=_CONTEXT_TOKENS)
+    loaded = load(model, cpu_memory=cpu_memory, context_tokens=context_tokens)
     executor = executor_of(loaded)
 
     @torch.inference_mode()
@@ -99,7 +99,7 @@ class _Clock:
         """Nothing is left to be done."""
 
 
-def _llama_cpp(model: Path, cpu_memory: int | None) -> Engine:
+def _llama_cpp(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     """llama.cpp through the functions of its library, with all of its own defaults for weights and memory."""
     import os
 
@@ -108,7 +108,7 @@ def _llama_cpp(model: Path, cpu_memory: int | None) -> Engine:
 
     threads = len(os.sched_getaffinity(0))
     settings: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "n_batch": 512, "verbose": False}
-    llama = llama_cpp.Llama(str(model), n_ctx=_CONTEXT_TOKENS, **settings)
+    llama = llama_cpp.Llama(str(model), n_ctx=context_tokens, **settings)
     vocabulary = llama.n_vocab()
 
     def run(tokens: list[int], fresh: bool) -> int:
@@ -122,7 +122,7 @@ def _llama_cpp(model: Path, cpu_memory: int | None) -> Engine:
     return Engine(run, _memory)
 
 
-def _accelerate(model: Path, cpu_memory: int | None) -> Engine:
+def _accelerate(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     """transformers in bfloat16 under accelerate: all on disk, a tensor read whenever a module needs it."""
     import torch
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
@@ -146,7 +146,7 @@ def _accelerate(model: Path, cpu_memory: int | None) -> Engine:
     return Engine(run, _memory)
 
 
-ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {
+ENGINES: dict[str, Callable[[Path, int | None, int], Engine]] = {
     "ours": _ours,
     "llama.cpp": _llama_cpp,
     "accelerate": _accelerate,
@@ -165,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model", type=Path)
     parser.add_argument("--cpu-memory", type=int)
+    parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args(argv)
     engine: Engine | None = None
     for line in sys.stdin:
         command, *arguments = line.split()
         try:
             if command == "load":
-                engine = ENGINES[options.engine](options.model, options.cpu_memory)
+                engine = ENGINES[options.engine](options.model, options.cpu_memory, options.context)
                 answer: Any = {}
             else:
                 assert engine is not None, "load comes first"

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from eval.contender import ENGINES
+from eval.contender import ENGINES, PROMPT_TOKENS
 from eval.control_group import memory_limit
 from eval.random_model import SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
 from eval.timing import Samples
@@ -130,7 +130,9 @@ def _compare(
     disk, memory = Samples(()), Samples(())
     turns = {name: Turns() for name in models}
     with ExitStack() as stack:
-        asked = {name: stack.enter_context(_process(name, path, budget_bytes)) for name, path in models.items()}
+        asked = {
+            name: stack.enter_context(_process(name, path, budget_bytes, options)) for name, path in models.items()
+        }
         limits = _Limits(models["ours"]) if "ours" in models else None
         progress = Progress(f"{shape}, {format_bytes(budget_bytes) if budget_bytes else 'no limit'}", options.rounds)
         for name in [name for name in asked if not _answers(name, asked[name], "load")]:
@@ -189,9 +191,12 @@ def _answers(name: str, ask: Callable[[str], Any], command: str) -> bool:
 
 
 @contextmanager
-def _process(engine: str, model: Path, budget_bytes: int | None) -> Iterator[Callable[[str], Any]]:
+def _process(
+    engine: str, model: Path, budget_bytes: int | None, options: argparse.Namespace
+) -> Iterator[Callable[[str], Any]]:
     """Start an engine's process, under its limit, and yield the function that asks it."""
-    command = [sys.executable, "-m", "eval.contender", engine, str(model)]
+    context_tokens = max(options.prompt_tokens, PROMPT_TOKENS + options.tokens + 1)
+    command = [sys.executable, "-m", "eval.contender", engine, str(model), "--context", str(context_tokens)]
     if budget_bytes is not None:
         command += ["--cpu-memory", str(budget_bytes)]
     with ExitStack() as stack:

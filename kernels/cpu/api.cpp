@@ -77,8 +77,7 @@ int int4_level() {
 int64_t int4_workspace_bytes(int64_t batch, int64_t inputs, int64_t group) {
     const int64_t steps = (inputs + kStep - 1) / kStep;
     const int64_t whole_tiles = (batch + kTileActivations - 1) / kTileActivations * kTileActivations;
-    const int64_t scales = steps * (kStep / kScaled);
-    return whole_tiles * (steps * kStep + 4 * scales) + batch * 4 * (inputs / group);
+    return whole_tiles * steps * (kStep + 8 * kSums) + batch * 4 * (inputs / group);
 }
 
 // out [batch, rows] = x [batch, inputs] times the weight, plus bias; activations rounded to int8 step by step.
@@ -90,15 +89,16 @@ void int4_fast(int level, int threads, const uint8_t* codes, const uint16_t* sca
     const bool fits_tiles = w.bits == 4 || !w.zero;  // as signed bytes, less their zero points
     if (level == 3 && batch >= kTiledBatch && fits_tiles) return fast_tiled(threads, w, x, batch, bias, out, workspace);
 #endif
-    const int64_t steps = w.steps(), scales = steps * (kStep / kScaled);
-    float* floats = static_cast<float*>(workspace);
-    const Activations a{reinterpret_cast<int8_t*>(floats + batch * (scales + w.groups())), floats,
-                        floats + batch * scales};
+    const int64_t steps = w.steps(), sums = steps * kSums;
+    float* scales = static_cast<float*>(workspace);
+    int32_t* centres = reinterpret_cast<int32_t*>(scales + batch * sums);
+    float* group_sums = reinterpret_cast<float*>(centres + batch * sums);
+    const Activations a{reinterpret_cast<int8_t*>(group_sums + batch * w.groups()), scales, centres, group_sums};
     const Kernels& k = kernels(level);
     pool().run(threads, batch, 4, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m)
-            k.quantize(w, x + m * inputs, a.values + m * steps * kStep, a.scale + m * scales,
-                       a.group_sum + m * w.groups());
+            k.quantize(w, x + m * inputs, {a.values + m * steps * kStep, a.scale + m * sums, a.centre + m * sums,
+                                           a.group_sum + m * w.groups()});
     });
     pool().run(threads, rows, chunk_rows(w, batch),
                [&](int64_t begin, int64_t end) { k.fast(w, a, batch, bias, out, begin, end); });

@@ -62,20 +62,26 @@ inline auto load_tail(const uint8_t* p, int64_t bytes) {
     return load<B>(padded);
 }
 
-inline Sums dot(const Nibbles& codes, const int8_t* x) {
+inline Sums load_sums(const int32_t* sums) {
+    const __m256i* vectors = reinterpret_cast<const __m256i*>(sums);
+    return {{_mm256_loadu_si256(vectors), _mm256_loadu_si256(vectors + 1)}};
+}
+
+inline Sums dot(const Nibbles& codes, const int8_t* x, Sums sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i* values = reinterpret_cast<const __m256i*>(x);
-    Sums sums;
     for (int h = 0; h < 2; ++h) {
         const __m256i even = _mm256_maddubs_epi16(codes.even[h], _mm256_loadu_si256(values + h));
         const __m256i odd = _mm256_maddubs_epi16(codes.odd[h], _mm256_loadu_si256(values + 2 + h));
-        sums.half[h] = _mm256_madd_epi16(_mm256_add_epi16(even, odd), ones);
+        sums.half[h] = _mm256_add_epi32(sums.half[h], _mm256_madd_epi16(_mm256_add_epi16(even, odd), ones));
     }
     return sums;
 }
 
-inline Sums dot(const Bytes& codes, const int8_t* x) {
-    const Sums low = dot(codes.low, x), high = dot(codes.high, x);
+inline Sums dot(const Nibbles& codes, const int8_t* x, const int32_t* centre) { return dot(codes, x, load_sums(centre)); }
+
+inline Sums dot(const Bytes& codes, const int8_t* x, const int32_t* centre) {
+    const Sums low = dot(codes.low, x, centre), high = dot(codes.high, x, Sums{});
     Sums sums;
     for (int h = 0; h < 2; ++h) sums.half[h] = _mm256_add_epi32(low.half[h], _mm256_slli_epi32(high.half[h], 4));
     return sums;
@@ -89,6 +95,8 @@ inline Scales spread(const float* scale) {
                                  : _mm256_set1_ps(scale[G == 64 ? h : 0]);
     return scales;
 }
+
+inline Scales load_scales(const float* scale) { return {{_mm256_loadu_ps(scale), _mm256_loadu_ps(scale + 8)}}; }
 
 inline Total add(Total total, const Sums& sums, const Scales& scales, const Scales& x_scales) {
     for (int h = 0; h < 2; ++h)

@@ -46,8 +46,8 @@ inline Codes load_tail(const uint8_t* p, int64_t bytes) {
     }
 }
 
-inline Sums dot(const Codes& codes, const int8_t* x) {
-    const Sums even = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.even, _mm512_loadu_si512(x));
+inline Sums dot(const Codes& codes, const int8_t* x, const int32_t* centre) {
+    const Sums even = _mm512_dpbusd_epi32(_mm512_loadu_si512(centre), codes.even, _mm512_loadu_si512(x));
     return _mm512_dpbusd_epi32(even, codes.odd, _mm512_loadu_si512(x + 64));
 }
 
@@ -60,6 +60,8 @@ inline Scales spread(const float* scale) {
     if (G == 64) return _mm512_mask_broadcastss_ps(_mm512_set1_ps(scale[0]), 0xff00, _mm_load_ss(scale + 1));
     return _mm512_set1_ps(scale[0]);
 }
+
+inline Scales load_scales(const float* scale) { return _mm512_loadu_ps(scale); }
 
 inline Total add(Total total, Sums sums, Scales scales, Scales x_scales) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(scales, x_scales), total);

@@ -11,7 +11,7 @@ using namespace int4;
 
 namespace {
 
-constexpr int64_t kLargestShareBytes = 256 << 10, kSmallestShareBytes = 32 << 10;
+constexpr int64_t kLargestShareBytes = 128 << 10, kSmallestShareBytes = 32 << 10;
 constexpr int64_t kShares = 4;  // of a product for each thread, so that one that is held up is not waited for
 
 const DecoderKernels& decoder_kernels(int level) {
@@ -35,6 +35,7 @@ struct KeyValues {
 struct Scratch {
     std::vector<float> residual, normed, wide, mixed, vector, angles, sums, tops, scales, group_sums;
     std::vector<int8_t> values;
+    std::vector<int32_t> centres;
 };
 
 class Step {
@@ -95,17 +96,21 @@ class Step {
     static int alike(const Linear* linears, int count) {
         int same = 1;
         while (same < count && linears[same].weight.bits == linears[0].weight.bits &&
-               linears[same].weight.group == linears[0].weight.group)
+               linears[same].weight.group == linears[0].weight.group &&
+               linears[same].weight.middle() == linears[0].weight.middle())
             ++same;
         return same;
     }
 
     Activations quantize(const Weight& w, const float* x) {
         buffers_.values.resize(w.steps() * kStep);
-        buffers_.scales.resize(w.steps() * (kStep / kScaled));
+        buffers_.scales.resize(w.steps() * kSums);
+        buffers_.centres.resize(w.steps() * kSums);
         buffers_.group_sums.resize(w.groups());
-        products_.quantize(w, x, buffers_.values.data(), buffers_.scales.data(), buffers_.group_sums.data());
-        return {buffers_.values.data(), buffers_.scales.data(), buffers_.group_sums.data()};
+        const Activations activations{buffers_.values.data(), buffers_.scales.data(), buffers_.centres.data(),
+                                      buffers_.group_sums.data()};
+        products_.quantize(w, x, activations);
+        return activations;
     }
 
     void multiply(const Linear* linears, int count, const float* x, const Activations& activations, int64_t begin,

@@ -22,20 +22,25 @@ struct Weight {
     int bits;  // 4 or 8
     bool scale_is_bf16;
 
+    int64_t middle() const { return zero ? 0 : int64_t(1) << (bits - 1); }  // the zero point of symmetric codes
     int64_t groups() const { return inputs / group; }
     int64_t steps() const { return (inputs + kStep - 1) / kStep; }
     int64_t row_bytes() const { return inputs * bits / 8; }
 };
 
-// Activations as signed bytes, each 32 of them with a float scale.
+// Integer sums of a step are spread over 16 lanes, each of the products of four even and the four odd codes beside them.
+constexpr int64_t kSums = 16;
+
+// Activations as signed bytes, each 32 of them with a float scale; what a step needs is laid out lane by lane.
 struct Activations {
     int8_t* values;    // [M, steps, 128], in the order of steps
-    float* scale;      // [M, steps, 4]
+    float* scale;      // [M, steps, 16]
+    int32_t* centre;   // [M, steps, 16], less the middle of the codes times the sum of a lane: where its sum starts from
     float* group_sum;  // [M, K/G], the dequantised sum over each weight group: what a zero point is multiplied by
 };
 
 struct Kernels {
-    void (*quantize)(const Weight&, const float* x, int8_t* values, float* scale, float* group_sum);
+    void (*quantize)(const Weight&, const float* x, const Activations& out);  // one row of x
     void (*fast)(const Weight&, const Activations&, int64_t batch, const float* bias, float* out, int64_t begin,
                  int64_t end);
     void (*exact)(const Weight&, const float* x, int64_t batch, const float* bias, float* out, int64_t begin,

@@ -1,8 +1,10 @@
-// Threads that share a loop. A worker that the system does not run is not waited for: whoever is awake takes its share.
+// Threads that share a loop. Each has a stretch of its own, which it takes piece by piece, so that it reads memory in
+// order; who has finished takes pieces of the others'. A worker that the system does not run is thus not waited for.
 #pragma once
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -23,14 +25,14 @@ class Pool {
             workers_.emplace_back([this, index = int(workers_.size())] { work(index); });
             workers_.back().detach();
         }
-        Loop loop{&body, count, grain, threads - 1};
+        Loop loop(body, count, grain, threads);
         {
             std::lock_guard<std::mutex> hold(state_);
             loop_ = &loop;
             epoch_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
-        loop.take();
+        loop.take(0);
         {
             std::lock_guard<std::mutex> hold(state_);
             loop_ = nullptr;  // from here on nobody joins
@@ -40,15 +42,31 @@ class Pool {
 
   private:
     struct Loop {
-        const std::function<void(int64_t, int64_t)>* body;
-        int64_t count, grain;
-        int helpers;
-        std::atomic<int64_t> next{0};
+        static constexpr int kMostStretches = 64;
+
+        const std::function<void(int64_t, int64_t)>& body;
+        const int64_t count, grain;
+        const int threads, stretches;
+        std::atomic<int64_t> next[kMostStretches];
         std::atomic<int> inside{0};
 
-        void take() {
-            for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
-                (*body)(begin, begin + grain < count ? begin + grain : count);
+        Loop(const std::function<void(int64_t, int64_t)>& body, int64_t count, int64_t grain, int threads)
+            : body(body), count(count), grain(grain), threads(threads), stretches(std::min(threads, kMostStretches)) {
+            for (int i = 0; i < stretches; ++i) next[i] = start(i);
+        }
+
+        int64_t start(int stretch) const {
+            const int64_t pieces = (count + grain - 1) / grain;
+            return std::min(pieces * stretch / stretches * grain, count);
+        }
+
+        void take(int thread) {
+            for (int i = 0; i < stretches; ++i) {
+                const int stretch = (thread + i) % stretches;
+                const int64_t end = start(stretch + 1);
+                for (int64_t begin; (begin = next[stretch].fetch_add(grain)) < end;)
+                    body(begin, std::min(begin + grain, end));
+            }
         }
     };
 
@@ -70,11 +88,11 @@ class Pool {
                 std::unique_lock<std::mutex> hold(state_);
                 wake_.wait(hold, [&] { return epoch_.load(std::memory_order_relaxed) != seen; });
                 seen = epoch_.load(std::memory_order_relaxed);
-                loop = loop_ && index < loop_->helpers ? loop_ : nullptr;
+                loop = loop_ && index < loop_->threads - 1 ? loop_ : nullptr;
                 if (loop) loop->inside.fetch_add(1, std::memory_order_relaxed);
             }
             if (!loop) continue;
-            loop->take();
+            loop->take(index + 1);
             loop->inside.fetch_sub(1, std::memory_order_release);
         }
     }

@@ -36,10 +36,12 @@ inline Codes load(const uint8_t* p) {
     return load_tail<B>(p, int4::kStepBytes<B>);
 }
 
-inline Sums dot(const Codes& codes, const int8_t* x) {
+inline Sums dot(const Codes& codes, const int8_t* x, const int32_t* centre) {
     Sums sums = {};
-    for (int q = 0; q < 4; ++q)
+    for (int q = 0; q < 4; ++q) {
+        for (int lane = 4 * q; lane < 4 * q + 4; ++lane) sums.quarter[q] += centre[lane];
         for (int i = 16 * q; i < 16 * q + 16; ++i) sums.quarter[q] += codes.even[i] * x[i] + codes.odd[i] * x[i + 64];
+    }
     return sums;
 }
 
@@ -49,6 +51,8 @@ inline Scales spread(const float* scale) {
     for (int q = 0; q < 4; ++q) scales.quarter[q] = scale[G == 32 ? q : G == 64 ? q / 2 : 0];
     return scales;
 }
+
+inline Scales load_scales(const float* scale) { return {{scale[0], scale[4], scale[8], scale[12]}}; }
 
 inline Total add(Total total, const Sums& sums, const Scales& scales, const Scales& x_scales) {
     for (int q = 0; q < 4; ++q) total += float(sums.quarter[q]) * (scales.quarter[q] * x_scales.quarter[q]);
