@@ -26,7 +26,7 @@ _HUGE_PAGE_BYTES = 2 << 20
 class Arena:
     """Page-aligned memory of `nbytes` rounded up to a page: what torch sees of it are views.
 
-    Large ones ask for huge pages, of which a product reads 1.2 times as fast (2 threads, one activation, Granite Rapids).
+    Large ones ask for huge pages, of which a product reads up to 1.2 times as fast (2 threads, Granite Rapids).
     """
 
     def __init__(self, nbytes: int) -> None:
