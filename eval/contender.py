@@ -100,12 +100,18 @@ class _Clock:
 
 
 def _llama_cpp(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
-    """llama.cpp through the functions of its library, with all of its own defaults for weights and memory."""
+    """llama.cpp through the functions of its library, with its own defaults.
+
+    Within a limit its weights stay mapped from the file: laid out anew in memory, which is faster, they need all of it.
+    """
     import os
 
     import llama_cpp
     import numpy as np
 
+    if cpu_memory is not None and cpu_memory < model.stat().st_size:
+        defaults = llama_cpp.llama_model_default_params
+        llama_cpp.llama_cpp.llama_model_default_params = lambda: _without_own_layout(defaults())
     threads = len(os.sched_getaffinity(0))
     settings: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "n_batch": 512, "verbose": False}
     llama = llama_cpp.Llama(str(model), n_ctx=context_tokens, **settings)
@@ -120,6 +126,11 @@ def _llama_cpp(model: Path, cpu_memory: int | None, context_tokens: int) -> Engi
         return int(np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (vocabulary,)).argmax())
 
     return Engine(run, _memory)
+
+
+def _without_own_layout(parameters: Any) -> Any:
+    parameters.use_extra_bufts = False
+    return parameters
 
 
 def _accelerate(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:

@@ -8,6 +8,7 @@ checkpoint past the page cache, and reading memory.
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from eval.contender import ENGINES, PROMPT_TOKENS
 from eval.control_group import memory_limit
@@ -129,6 +128,8 @@ def _compare(
     """Let the engines take turns, the limits between them; return a row for each that finished."""
     disk, memory = Samples(()), Samples(())
     turns = {name: Turns() for name in models}
+    for path in models.values():
+        _forget(path)
     with ExitStack() as stack:
         asked = {
             name: stack.enter_context(_process(name, path, budget_bytes, options)) for name, path in models.items()
@@ -155,13 +156,22 @@ def _compare(
     return [_row(shape, name, budget_bytes, turns, disk, memory, options) for name in asked]
 
 
+def _forget(model: Path) -> None:
+    """Drop a model's files from the page cache: pages that are there already count against no control group."""
+    for path in model.iterdir() if model.is_dir() else [model]:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 class _Limits:
     """Seconds that a byte takes from disk and from memory, one entry a round."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._blobs = [blob for blob in Checkpoint.open(checkpoint).blobs if blob.module]
         self._reader, self._arena = FileReader(), Arena(max(blob.nbytes for blob in self._blobs))
-        self._buffer = torch.ones(_READ_BYTES, dtype=torch.uint8)
+        self._buffer = Arena(_READ_BYTES).bytes.fill_(1)
         self.disk: list[float] = []
         self.memory: list[float] = []
 

@@ -14,7 +14,7 @@ from offload.checkpoint import LayerBlob
 from offload.errors import CheckpointError
 from offload.memory import Arena, FileReader
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 4 << 20
 
 
 class Slots:
