@@ -18,23 +18,14 @@ from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
-from offload.placement import Placement, plan
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
 
 
 @contextmanager
-def streamed(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, depth: int = 2, **options: Any
-) -> Iterator[PreTrainedModel]:
+def streamed(directory: Path, depth: int = 2, **options: Any) -> Iterator[PreTrainedModel]:
     """A model all of whose layers come from disk through `depth` slots, freed slots filled with NaN."""
-
-    def all_on_disk(needs: Any, budget_bytes: int | None) -> Placement:
-        return Placement(("disk",) * len(needs.layers_bytes), depth, needs, budget_bytes)
-
-    monkeypatch.setattr("offload.executor.plan", all_on_disk)
-    model = load(directory, poison=True, **options)
-    monkeypatch.setattr("offload.executor.plan", plan)
+    model = load(directory, poison=True, device_map="disk", slots=depth, **options)
     try:
         yield model
     finally:
@@ -49,13 +40,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_8_bits"])
-def test_streamed_equals_resident(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, checkpoint: str, depth: int, mode: str
-) -> None:
+def test_streamed_equals_resident(request: pytest.FixtureRequest, checkpoint: str, depth: int, mode: str) -> None:
     directory = request.getfixturevalue(checkpoint)
     expected = logits(load(directory, mode=mode))
     assert torch.isfinite(expected).all()
-    with streamed(directory, monkeypatch, depth, mode=mode) as model:
+    with streamed(directory, depth, mode=mode) as model:
         for _ in range(3):
             assert torch.equal(logits(model), expected)
         assert executor_of(model).stats.layer_reads >= 9
@@ -78,7 +67,7 @@ def test_exact_mode_equals_the_dequantised_model(
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
 
 
-def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_streams_beams_and_assists(tiny_checkpoint: Path) -> None:
     resident = load(tiny_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     ways: list[dict[str, Any]] = [
@@ -87,7 +76,7 @@ def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: 
         {"prompt_lookup_num_tokens": 3, "do_sample": False},
         {"do_sample": False, "prefill_chunk_size": 3},
     ]
-    with streamed(tiny_checkpoint, monkeypatch) as model:
+    with streamed(tiny_checkpoint) as model:
         for way in ways:
             torch.manual_seed(3)
             expected = resident.generate(TOKENS, max_new_tokens=8, attention_mask=torch.ones_like(TOKENS), **way)
@@ -97,10 +86,8 @@ def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_forward_after_an_interrupted_one_is_right(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int
-) -> None:
-    with streamed(tiny_checkpoint, monkeypatch, depth) as model:
+def test_a_forward_after_an_interrupted_one_is_right(tiny_checkpoint: Path, depth: int) -> None:
+    with streamed(tiny_checkpoint, depth) as model:
         expected = logits(model)
         for name, module in list(model.named_modules()):
             if any(module.children()):
@@ -118,9 +105,7 @@ def test_a_forward_after_an_interrupted_one_is_right(
             assert torch.equal(logits(model), expected), name
 
 
-def test_a_flipped_bit_stops_the_run_and_names_the_tensor(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flipped_bit_stops_the_run_and_names_the_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
     blob = Checkpoint.open(directory).blobs[2]
     spec = blob.tensors[f"{blob.module}.mlp.up_proj.weight_packed"]
@@ -130,15 +115,13 @@ def test_a_flipped_bit_stops_the_run_and_names_the_tensor(
     message = r"model-00003.*'model.layers.1.mlp.up_proj.weight_packed' is damaged .*copy or download"
     with pytest.raises(CheckpointError, match=message):
         load(directory)
-    with streamed(directory, monkeypatch) as model, pytest.raises(CheckpointError, match=message):
+    with streamed(directory) as model, pytest.raises(CheckpointError, match=message):
         logits(model)
 
 
-def test_a_shard_cut_while_in_use_is_an_error_and_the_model_lives(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_cut_while_in_use_is_an_error_and_the_model_lives(tiny_checkpoint: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "cut")
-    with streamed(directory, monkeypatch, depth=1) as model:
+    with streamed(directory, depth=1) as model:
         expected = logits(model)
         path = Checkpoint.open(directory).blobs[2].path
         whole = path.read_bytes()
@@ -173,8 +156,8 @@ def test_a_configuration_that_disagrees_is_refused(
         load(directory)
 
 
-def test_device_map_and_plan_agree(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with streamed(tiny_checkpoint, monkeypatch) as model:
+def test_device_map_and_plan_agree(tiny_checkpoint: Path) -> None:
+    with streamed(tiny_checkpoint) as model:
         assert model.hf_device_map["model.layers.0"] == "disk"
         assert set(executor_of(model).placement.tiers) == {"disk"}
     assert load(tiny_checkpoint).hf_device_map["model.layers.0"] == "cpu"
