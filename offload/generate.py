@@ -107,6 +107,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     trim_memory()  # between imports too: the peak is to be that of the run
     from transformers import TextStreamer
 
+    from offload.costs import recall_costs
     from offload.executor import executor_of, load
     from offload.placement import describe
     from offload.skeleton import read_config
@@ -126,6 +127,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
         context_tokens=context,
         prefill_chunk_tokens=_PREFILL_CHUNK_TOKENS,
         mode="exact" if options.exact else "fast",
+        costs=recall_costs(options.model, context // 2),
         **words,
     )
     executor = executor_of(model)

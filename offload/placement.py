@@ -89,15 +89,14 @@ class Placement:
         return 0 if self.device_budget_bytes is None else max(0, self.device_bytes - self.device_budget_bytes)
 
     @property
-    def shortage_bytes(self) -> int:
-        """What its budgets lack, together."""
-        host = 0 if self.budget_bytes is None else max(0, self.expected_bytes - self.budget_bytes)
-        return host + self.device_shortage_bytes
+    def host_shortage_bytes(self) -> int:
+        """What its budget for the process lacks."""
+        return 0 if self.budget_bytes is None else max(0, self.expected_bytes - self.budget_bytes)
 
     @property
     def fits(self) -> bool:
         """Whether it keeps its budgets."""
-        return self.shortage_bytes == 0
+        return not (self.host_shortage_bytes or self.device_shortage_bytes)
 
     @property
     def streamed_bytes(self) -> int:
@@ -118,17 +117,22 @@ def plan(needs: Needs, wishes: Wishes | int | None, costs: Costs | None = None) 
     """
     if not isinstance(wishes, Wishes):
         wishes = Wishes(cpu_bytes=wishes)
-    candidates = list(_with_device(needs, wishes) if wishes.gpu_word else _without_device(needs, wishes))
+    found = _with_device(needs, wishes) if wishes.gpu_word else _without_device(needs, wishes)
+    candidates = list(dict.fromkeys(found))  # without layers on disk, rings of any depth are the same
     fitting = [placement for placement in candidates if placement.fits]
     if not fitting:
-        raise ResourceError(_too_small(min(candidates, key=lambda placement: placement.shortage_bytes)))
+        raise ResourceError(_too_small(min(candidates, key=_shortage_bytes)))
     if costs is None or set(fitting[0].tiers) in ({"host"}, {"resident"}):
         return fitting[0]
     return min(fitting, key=lambda placement: (placement.seconds(costs), placement.streamed_bytes))
 
 
+def _shortage_bytes(placement: Placement) -> int:
+    return placement.host_shortage_bytes + placement.device_shortage_bytes
+
+
 def _without_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
-    """Yield what can be done with host and disk: everything kept, then deep rings first, and of each the most kept."""
+    """Yield what host and disk can do: everything kept, or rings, deep ones first, and as much kept as they leave."""
     count, largest, budget = len(needs.layers_bytes), max(needs.layers_bytes), wishes.cpu_bytes
     if wishes.layers is not None:
         tiers: tuple[Tier, ...] = tuple("disk" if device == "disk" else "host" for device in wishes.layers)
@@ -141,10 +145,9 @@ def _without_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
     if budget is None or everything.fits:
         return
     for depth in _depths(wishes, count):
-        most = (budget - needs.around_bytes - depth * largest) // largest
-        for kept in range(max(0, min(most, count - 1)), -1, -1):
-            tiers = _arranged(count, 0, count - kept, 0, "host", wishes)
-            yield Placement(tiers, min(depth, count - kept), needs, budget)
+        kept = max(0, min((budget - needs.around_bytes - depth * largest) // largest, count - 1))
+        tiers = _arranged(count, 0, count - kept, 0, "host", wishes)
+        yield Placement(tiers, min(depth, count - kept), needs, budget)
 
 
 def _with_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
@@ -169,14 +172,27 @@ def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: 
         slots, device_slots = min(depth, tiers.count("disk")), min(_DEVICE_DEPTH, copied)
         return Placement(tiers, slots, needs, wishes.cpu_bytes, device_slots, wishes.gpu_bytes, way)
 
-    resident, on_disk = _wished_resident(needs, wishes), 0
-    if resident is None:
-        fitting = (number for number in range(count, -1, -1) if not with_layers(number, 0).device_shortage_bytes)
-        resident = next(fitting, 0)
-    if wishes.layers is None:
+    def fewest_on_disk(resident: int) -> int:
+        if wishes.layers is not None:
+            return 0  # the map says which
         others = count - resident
-        on_disk = next((number for number in range(others) if with_layers(resident, number).fits), others)
-    return with_layers(resident, on_disk)
+        return next(
+            (number for number in range(others) if not with_layers(resident, number).host_shortage_bytes), others
+        )
+
+    wished = _wished_resident(needs, wishes)
+    if wished is not None:
+        return with_layers(wished, fewest_on_disk(wished))
+    fitting = (number for number in range(count, -1, -1) if not with_layers(number, 0).device_shortage_bytes)
+    resident = next(fitting, 0)
+    found = with_layers(resident, fewest_on_disk(resident))
+    while resident < count:  # what went to disk may have made room on the GPU
+        resident += 1
+        larger = with_layers(resident, fewest_on_disk(resident))
+        if not larger.fits:
+            break
+        found = larger
+    return found
 
 
 def _wished_resident(needs: Needs, wishes: Wishes) -> int | None:

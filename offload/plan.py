@@ -35,10 +35,8 @@ class Confirmation:
         lines = ["confirmed by a run"]
         for name in ("decode", "prefill"):
             predicted, measured = getattr(self, f"{name}_predicted"), getattr(self, f"{name}_measured")
-            error = (
-                f"the prediction is {abs(predicted / measured - 1):.0%} {'over' if predicted > measured else 'under'}"
-            )
-            lines.append(f"  {name:8} {predicted:8.1f} tokens/s predicted, {measured:.1f} measured: {error}")
+            error = f"{abs(predicted / measured - 1):.0%} {'over' if predicted > measured else 'under'} it"
+            lines.append(f"  {name:8} {measured:8.1f} tokens/s; predicted {predicted:.1f}, {error}")
         return "\n".join(lines)
 
 

@@ -208,7 +208,7 @@ def _costs(values: dict[str, Any]) -> Costs:
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
-    return Costs(**cast(dict[str, Any], fields))
+    return Costs(**fields)
 
 
 if __name__ == "__main__":
