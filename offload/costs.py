@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from kernels.cpu_build import library_name
 from offload.checkpoint import CONFIG_NAME, Checkpoint
-from offload.machine import Machine, cache_file, load_cache
+from offload.machine import Machine, cache_file, load_cache, save_json
 from offload.needs import cache_bytes, layer_bytes
 from offload.predict import Costs
 from offload.skeleton import read_config
@@ -147,16 +147,32 @@ def model_key(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(config + library_name().encode()).hexdigest()[:16]
 
 
+def recall_overheads(checkpoint: Checkpoint) -> Overheads:
+    """Return what a rehearsal of the checkpoint on this machine has found, or overheads that are not known."""
+    found = load_cache(cache_file(checkpoint.directory)).get("models", {}).get(model_key(checkpoint))
+    try:
+        return Overheads() if found is None else Overheads.from_json(found)
+    except ValueError:  # written by another version
+        return Overheads()
+
+
+def remember_overheads(checkpoint: Checkpoint, overheads: Overheads) -> None:
+    """Keep them beside the figures of this machine, which have been measured."""
+    path = cache_file(checkpoint.directory)
+    cache = load_cache(path)
+    save_json(path, {**cache, "models": {**cache["models"], model_key(checkpoint): overheads.to_json()}})
+
+
 def recall_costs(directory: Path, context_tokens: int) -> Costs | None:
     """Return the costs of decoding from a checkpoint if `offload.plan` has rehearsed it on this machine, else None.
 
     Raises CheckpointError if there is no finished checkpoint.
     """
     checkpoint = Checkpoint.open(directory)
-    cache = load_cache(cache_file(checkpoint.directory))
-    found = cache.get("models", {}).get(model_key(checkpoint))
-    if found is None:
+    overheads = recall_overheads(checkpoint)
+    if not overheads.known:
         return None
+    machine = Machine.from_json(load_cache(cache_file(checkpoint.directory))["machine"])
     config = read_config(checkpoint.directory)
     shape = Shape.of(checkpoint, config, (getattr(config, "dtype", None) or torch.bfloat16).itemsize)
-    return decode_costs(shape, Machine.from_json(cache["machine"]), Overheads.from_json(found), context_tokens)
+    return decode_costs(shape, machine, overheads, context_tokens)

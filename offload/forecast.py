@@ -41,6 +41,12 @@ class Subject:
         """What placements are compared by: decoding with half of the context behind."""
         return decode_costs(self.shape, self.machine, self.overheads, self.context_tokens // 2, self.batch_size)
 
+    @property
+    def wants_rehearsal(self) -> bool:
+        """Whether the model was not rehearsed, or with too few layers kept to tell for a plan that keeps many."""
+        count, rehearsed = len(self.shape.layers_bytes), self.overheads
+        return not rehearsed.known or 3 * rehearsed.kept < count <= 3 * self.placed().tiers.count("host")
+
     def placed(self) -> Placement:
         """Choose the placement. Raises ResourceError if nothing fits."""
         return plan(self.needs, self.wishes, self.costs)

@@ -15,7 +15,6 @@ from offload.source import DEFAULT_OUTPUT
 from offload.wishes import Wishes, WishWords, add_wish_flags, flag, words_of
 
 if TYPE_CHECKING:
-    from offload.costs import Overheads, Shape
     from offload.forecast import Prediction, Subject
     from offload.machine import Machine
     from offload.placement import Placement
@@ -54,20 +53,22 @@ def _command(argv: list[str]) -> None:
     wishes = Wishes.of(words)
     if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
         raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
-    subject, hypothetical = _subject(options, words, wishes)
+    subject = _subject(options, wishes)
+    hypothetical = None if options.machine is None else f"{options.machine} ({subject.machine.description})"
+    runs = not (options.no_confirm or hypothetical or subject.wishes.gpu_word)
+    if runs and subject.wants_rehearsal:
+        subject = _rehearsed(options, words, subject)
     from offload.forecast import predict
 
     placement = subject.placed()
     prediction = predict(subject, placement)
     if not options.json:
         print(_in_words(subject, placement, prediction, hypothetical), flush=True)
-    measured = None
-    if not (options.no_confirm or hypothetical or subject.wishes.gpu_word):
-        measured = _confirmed(options, words, subject)
+    confirmation = _confirmed(options, words, subject) if runs else None
     if options.json:
-        print(json.dumps(_as_json(subject, placement, prediction, measured, hypothetical)))
-    elif measured is not None:
-        print(measured.in_words())
+        print(json.dumps(_as_json(subject, placement, prediction, confirmation, hypothetical)))
+    elif confirmation is not None:
+        print(confirmation.in_words())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,16 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _subject(options: argparse.Namespace, words: WishWords, wishes: Wishes) -> "tuple[Subject, str | None]":
-    """Gather what is planned, measuring what is not cached, and say for which machine if it is not this one."""
+def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
+    """Describe what is planned; what cannot fit is refused before anything is measured."""
     import torch
 
     from offload.checkpoint import Checkpoint
-    from offload.costs import Overheads, Shape
+    from offload.costs import Shape, recall_overheads
     from offload.forecast import PREFILL_TOKENS, Subject
-    from offload.machine import read_machine, save_json
     from offload.memory import trim_memory
     from offload.needs import count_needs
+    from offload.placement import plan
     from offload.skeleton import build_skeleton, read_config
 
     checkpoint = Checkpoint.open(options.model)
@@ -103,20 +104,8 @@ def _subject(options: argparse.Namespace, words: WishWords, wishes: Wishes) -> "
     if options.context > longest:
         raise UsageError(f"--context {options.context}: the model takes {longest} tokens at most")
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    shape = Shape.of(checkpoint, config, dtype.itemsize)
-    model = build_skeleton(config, dtype)
     layers = [blob.module for blob in checkpoint.blobs if blob.module]
-    wishes = wishes.on([name for name, _ in model.named_modules()], layers)
-    overheads = Overheads()
-    if options.machine is None:
-        machine, overheads = _known(options, words, wishes, checkpoint, shape)
-    else:
-        machine = read_machine(options.machine)
-        overheads = _cached_overheads(checkpoint) or overheads
-    if options.save_machine is not None:
-        save_json(options.save_machine, asdict(machine))
-    if wishes.gpu_word is not None:
-        wishes = _on_device(wishes, machine)
+    wishes = wishes.on([name for name, _ in build_skeleton(config, dtype).named_modules()], layers)
     trim_memory()
     needs = count_needs(
         config,
@@ -125,10 +114,51 @@ def _subject(options: argparse.Namespace, words: WishWords, wishes: Wishes) -> "
         context_tokens=options.context,
         batch_size=options.batch,
         chunk_tokens=PREFILL_TOKENS,
-        device_runtime_bytes=machine.device_runtime_bytes,
     )
-    where = None if options.machine is None else f"{options.machine} ({machine.description})"
-    return Subject(shape, needs, wishes, machine, overheads, options.context, options.batch), where
+    if wishes.gpu_word is None:
+        plan(needs, wishes)
+    machine = _machine(options)
+    if wishes.gpu_word is not None:
+        wishes = _on_device(wishes, machine)
+    return Subject(
+        shape=Shape.of(checkpoint, config, dtype.itemsize),
+        needs=replace(needs, device_runtime_bytes=machine.device_runtime_bytes),
+        wishes=wishes,
+        machine=machine,
+        overheads=recall_overheads(checkpoint),
+        context_tokens=options.context,
+        batch_size=options.batch,
+    )
+
+
+def _machine(options: argparse.Namespace) -> "Machine":
+    """Return the figures to plan with: out of a file, out of the cache, or measured and cached now."""
+    from offload.machine import Machine, cache_file, load_cache, read_machine, save_json
+    from offload.trial import run_measurement
+
+    if options.machine is not None:
+        return read_machine(options.machine)
+    path = cache_file(options.model)
+    cache = {} if options.remeasure else load_cache(path)
+    if not cache:
+        say("measuring this machine, once")
+        cache = {"machine": asdict(run_measurement(options.model)), "models": {}}
+        save_json(path, cache)
+    if options.save_machine is not None:
+        save_json(options.save_machine, cache["machine"])
+    return Machine.from_json(cache["machine"])
+
+
+def _rehearsed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> "Subject":
+    """Rehearse the model, cache what was found, and return the subject with it."""
+    from offload.checkpoint import Checkpoint
+    from offload.costs import remember_overheads
+    from offload.rehearsal import rehearse
+
+    say("rehearsing the model on it, once")
+    overheads = rehearse(options.model, subject.shape, subject.machine, words, options.context)
+    remember_overheads(Checkpoint.open(options.model), overheads)
+    return replace(subject, overheads=overheads)
 
 
 def _on_device(wishes: Wishes, machine: "Machine") -> Wishes:
@@ -143,43 +173,6 @@ def _on_device(wishes: Wishes, machine: "Machine") -> Wishes:
     if memory is not None and wishes.gpu_bytes is not None and wishes.gpu_bytes > memory:
         raise ResourceError(f"--gpu-memory {format_bytes(wishes.gpu_bytes)}: the GPU has {format_bytes(memory)}")
     return replace(wishes, gpu_bytes=wishes.gpu_bytes or memory)
-
-
-def _cached_overheads(checkpoint: Any) -> "Overheads | None":
-    from offload.costs import Overheads, model_key
-    from offload.machine import cache_file, load_cache
-
-    found = load_cache(cache_file(checkpoint.directory)).get("models", {}).get(model_key(checkpoint))
-    return None if found is None else Overheads.from_json(found)
-
-
-def _known(
-    options: argparse.Namespace, words: WishWords, wishes: Wishes, checkpoint: Any, shape: "Shape"
-) -> tuple["Machine", "Overheads"]:
-    """Return the figures of this machine and this model on it, out of the cache or measured and cached now."""
-    from offload.costs import Overheads, model_key
-    from offload.machine import Machine, cache_file, load_cache, save_json
-    from offload.rehearsal import rehearse
-    from offload.trial import run_measurement
-
-    path = cache_file(checkpoint.directory)
-    cache = {} if options.remeasure else load_cache(path)
-    if not cache:
-        say("measuring this machine, once")
-        cache = {"machine": asdict(run_measurement(options.model)), "models": {}}
-        save_json(path, cache)
-    machine = Machine.from_json(cache["machine"])
-    key = model_key(checkpoint)
-    found = cache["models"].get(key)
-    runs_here = wishes.gpu_word is None and not options.no_confirm
-    if found is None and not runs_here:
-        return machine, Overheads()
-    overheads = Overheads() if found is None else Overheads.from_json(found)
-    if found is None:
-        say("rehearsing the model on it, once")
-        overheads = rehearse(options.model, shape, machine, words, options.context)
-        save_json(path, {**cache, "models": {**cache["models"], key: overheads.to_json()}})
-    return machine, overheads
 
 
 def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> Confirmation:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
+import offload
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, ResourceError
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
 
@@ -163,3 +166,39 @@ def test_device_map_and_plan_agree(tiny_checkpoint: Path) -> None:
     assert load(tiny_checkpoint).hf_device_map["model.layers.0"] == "cpu"
     resident = load(tiny_checkpoint, cpu_memory=own_memory_bytes() + (1 << 30))
     assert executor_of(resident).placement.disk_bytes == 0
+
+
+def test_a_device_map_comes_back_as_it_was_asked_for(tiny_checkpoint: Path) -> None:
+    asked = {"model.embed_tokens": "cpu", "model": "cpu", "model.layers.1": "disk"}
+    model = offload.load(tiny_checkpoint, device_map=asked, slots=1)
+    assert [model.hf_device_map[f"model.layers.{index}"] for index in range(3)] == ["cpu", "disk", "cpu"]
+    again = offload.load(tiny_checkpoint, device_map=model.hf_device_map)
+    assert again.hf_device_map == model.hf_device_map
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ({"gpu_memory": "8GiB"}, "--gpu-memory 8.0 GiB"),
+        ({"max_memory": {0: "8GiB"}}, "--gpu-memory 8.0 GiB"),
+        ({"n_gpu_layers": 2}, "--n-gpu-layers 2"),
+        ({"cpu_offload_gb": 1.5}, "--cpu-offload-gb 1.5"),
+        ({"gpu_weights_percent": 50}, "--gpu-weights-percent 50"),
+        ({"device_map": {"": 0}}, "--device-map"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_said_before_any_work(
+    words: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for present, why in ((False, "no CUDA device here"), (True, "layers run in host memory and on disk only, for now")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        with pytest.raises(ResourceError) as caught:
+            load("no-such-directory", **words)
+        assert str(caught.value) == f"{named}: {why}; leave it out"
+
+
+def test_importing_the_room_imports_no_torch() -> None:
+    code = "import sys, offload; assert 'torch' not in sys.modules; assert not hasattr(offload, 'loads')"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+    assert offload.load is load
