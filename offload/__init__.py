@@ -1,3 +1,17 @@
-"""The runtime: the checkpoint file, memory, transfers, placement, and transformers models that stream their layers."""
+"""The runtime: the checkpoint file, memory, transfers, placement, and transformers models that stream their layers.
+
+`offload.load(CHECKPOINT, cpu_memory="8GiB")` returns such a model; see `offload.executor.load`.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` when it is first used: torch and transformers take seconds, and most commands need neither."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from offload.executor import load
+
+    return load

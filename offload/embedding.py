@@ -1,15 +1,30 @@
 """Input embeddings that stay in their file: a token reads one row, so they are the cheapest bytes to do without."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 import xxhash
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from offload.checkpoint import LayerBlob
 from offload.errors import CheckpointError
 
 _CHUNK_BYTES = 8 << 20
+
+
+def plain_embedding(model: PreTrainedModel, fixed: Sequence[LayerBlob]) -> tuple[LayerBlob, str] | None:
+    """Return the shard and the name of plain embeddings that nothing but tokens reads, None if there are none.
+
+    fixed: the shards around the decoder layers.
+    """
+    module = model.get_input_embeddings()
+    names = [f"{name}.weight" for name, found in model.named_modules() if found is module]
+    tied = getattr(model, "all_tied_weights_keys", {}) or {}
+    if type(module) is not nn.Embedding or set(names) & {*tied, *tied.values()}:
+        return None
+    return next(((blob, name) for blob in fixed for name in names if name in blob.tensors), None)
 
 
 class DiskEmbedding(nn.Module):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import xxhash
@@ -20,15 +20,18 @@ from transformers import GenerationConfig, PreTrainedModel
 from kernels.matmul import Mode
 from kernels.packed import codes_per_word
 from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
-from offload.embedding import DiskEmbedding
-from offload.errors import CheckpointError, UsageError
+from offload.embedding import DiskEmbedding, plain_embedding
+from offload.errors import CheckpointError, ResourceError, UsageError
 from offload.fused import fuse
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO, LayerView, layer_view
 from offload.linear import PackedLinear
-from offload.memory import Arena, FileReader, own_memory_bytes, trim_memory
-from offload.placement import CODE_BYTES, Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
+from offload.memory import Arena, FileReader, trim_memory
+from offload.needs import count_needs
+from offload.placement import Placement, plan
+from offload.predict import Costs
 from offload.skeleton import build_skeleton, read_config
 from offload.transfer import Slots, read_blob
+from offload.wishes import Wishes, WishWords, flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,39 +47,45 @@ class StreamingStats:
 def load(
     directory: Path | str,
     *,
-    cpu_memory: int | None = None,
     context_tokens: int = 2048,
+    batch_size: int = 1,
     prefill_chunk_tokens: int = 512,
     dtype: torch.dtype | None = None,
     mode: Mode = "fast",
+    costs: Costs | None = None,
     poison: bool = False,
+    **words: Unpack[WishWords],
 ) -> PreTrainedModel:
-    """Return the checkpoint in `directory` as a model that keeps the process within `cpu_memory` bytes.
+    """Return the checkpoint in `directory` as a model that keeps the process within the budget `cpu_memory`.
 
-    cpu_memory: budget for the whole process, None for no limit. context_tokens: keys and values to leave room for.
-    dtype: of activations and of what is not quantized; None for the source's. mode: see `dequant_matmul`.
-    poison: fill freed slots with NaN, for tests.
-    Raises CheckpointError if a file is not what it should be, ResourceError if the budget is too small.
+    context_tokens: keys and values to leave room for, of each of batch_size sequences. dtype: of activations and of
+    what is not quantized; None for the source's. mode: see `dequant_matmul`. costs: to plan by; None plans by sizes
+    alone. poison: fill freed slots with NaN, for tests. words: where layers are to live, see WishWords.
+    Raises CheckpointError if a file is not what it should be, ResourceError if a budget is too small or a GPU is asked
+    for, UsageError for wishes that contradict each other.
     """
+    wishes = Wishes.of(words)
+    refuse_device(wishes)
     checkpoint = Checkpoint.open(directory)
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
-    element = torch.empty(0, dtype=model.dtype)
     names = _replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]
-    embedding = _embedding_of(model, fixed)
-    widening = element.element_size() / 2
+    embedding = plain_embedding(model, fixed)
+    layers = [blob.module for blob in checkpoint.blobs if blob.module]
+    wishes = wishes.on([name for name, _ in model.named_modules()], layers)
     trim_memory()
-    needs = Needs(
-        runtime_bytes=own_memory_bytes() + CODE_BYTES,
-        fixed_bytes=int(sum(blob.nbytes for blob in fixed) * widening),
-        cache_bytes=cache_bytes(config, context_tokens, element.element_size()),
-        activation_bytes=activation_bytes(config, min(context_tokens, prefill_chunk_tokens)),
-        layers_bytes=layer_bytes(checkpoint),
-        embedding_bytes=0 if embedding is None else int(embedding[0].tensors[embedding[1]].nbytes * widening),
+    needs = count_needs(
+        config,
+        checkpoint,
+        model.dtype.itemsize,
+        context_tokens=context_tokens,
+        batch_size=batch_size,
+        chunk_tokens=prefill_chunk_tokens,
+        embedding_bytes=0 if embedding is None else embedding[0].tensors[embedding[1]].nbytes,
     )
-    executor = Executor(model, checkpoint, plan(needs, cpu_memory), poison)
+    executor = Executor(model, checkpoint, plan(needs, wishes, costs), poison)
     for blob in fixed:
         if executor.placement.embedding_on_disk and embedding is not None and blob is embedding[0]:
             executor.attach_embedding(*embedding)
@@ -95,14 +104,13 @@ def load(
     return model
 
 
-def _embedding_of(model: PreTrainedModel, fixed: Sequence[LayerBlob]) -> tuple[LayerBlob, str] | None:
-    """Return the shard and the name of plain embeddings that nothing but tokens reads, None if there are none."""
-    module = model.get_input_embeddings()
-    names = [f"{name}.weight" for name, found in model.named_modules() if found is module]
-    tied = getattr(model, "all_tied_weights_keys", {}) or {}
-    if type(module) is not nn.Embedding or set(names) & {*tied, *tied.values()}:
-        return None
-    return next(((blob, name) for blob in fixed for name in names if name in blob.tensors), None)
+def refuse_device(wishes: Wishes) -> None:
+    """Raise ResourceError if a wish needs a GPU: there is none here, or layers cannot be run on it yet."""
+    if wishes.gpu_word is None:
+        return
+    word, _, value = wishes.gpu_word.partition(" ")
+    why = "layers run in host memory and on disk only, for now" if torch.cuda.is_available() else "no CUDA device here"
+    raise ResourceError(f"{flag(word)}{value and f' {value}'}: {why}; leave it out")
 
 
 def _canonical_strides(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.command import Parser, format_bytes, parse_bytes, run, say
+from offload.command import Parser, format_bytes, run, say
 from offload.errors import InputError, UsageError
 from offload.source import DEFAULT_OUTPUT
+from offload.wishes import Wishes, WishWords, add_wish_flags, words_of
 
 _DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 _PREFILL_CHUNK_TOKENS = 512
@@ -50,11 +51,12 @@ def _command(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
-    budget_bytes = None if options.cpu_memory is None else parse_bytes(options.cpu_memory, "--cpu-memory")
+    words = words_of(options)
+    Wishes.of(words)  # what contradicts itself is refused before seconds of imports
     prompt = _prompt(options)
     if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
         raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
-    report = generate(options, prompt, budget_bytes)
+    report = generate(options, prompt, words)
     if options.json:
         print(json.dumps(asdict(report)))
     else:
@@ -70,7 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, - for stdin")
     add("--system", help="system message of the chat")
     add("--no-chat", action="store_true", help="continue the prompt as it is, without the chat template")
-    add("--cpu-memory", metavar="SIZE", help='budget for the whole process, such as "540MiB"; default: no limit')
     add("--context", type=int, help="tokens to plan for; default: prompt and new tokens")
     add("--max-new-tokens", type=int, default=128, help="tokens to generate at most")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the sampling")
     add("--exact", action="store_true", help="float32 activations instead of int8: slower, for proofs")
     add("--json", action="store_true", help="print one JSON object instead of text")
+    add_wish_flags(parser)
     return parser
 
 
@@ -96,7 +98,7 @@ def _prompt(options: argparse.Namespace) -> str:
     return prompt
 
 
-def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None) -> Report:
+def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Report:
     """Load, print the plan, stream the answer to stdout, and measure."""
     import torch
 
@@ -105,6 +107,7 @@ def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None)
     trim_memory()  # between imports too: the peak is to be that of the run
     from transformers import TextStreamer
 
+    from offload.costs import recall_costs
     from offload.executor import executor_of, load
     from offload.placement import describe
     from offload.skeleton import read_config
@@ -121,10 +124,11 @@ def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None)
     new_tokens = min(options.max_new_tokens, min(context, longest) - len(tokens))
     model = load(
         options.model,
-        cpu_memory=budget_bytes,
         context_tokens=context,
         prefill_chunk_tokens=_PREFILL_CHUNK_TOKENS,
         mode="exact" if options.exact else "fast",
+        costs=recall_costs(options.model, context // 2),
+        **words,
     )
     executor = executor_of(model)
     say(describe(executor.placement))
@@ -164,7 +168,7 @@ def generate(options: argparse.Namespace, prompt: str, budget_bytes: int | None)
         direct_reads=stats.direct,
         wait_seconds=stats.wait_seconds - before.wait_seconds,
         peak_memory_bytes=peak,
-        budget_bytes=budget_bytes,
+        budget_bytes=executor.placement.budget_bytes,
     )
 
 

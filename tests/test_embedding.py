@@ -1,6 +1,7 @@
 """Embeddings that stay in their file give the rows that memory would; the head may be packed wider than the layers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from offload.embedding import DiskEmbedding
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load
 from offload.linear import PackedLinear
-from offload.placement import Needs, Placement, plan
+from offload.needs import Needs
+from offload.placement import Placement, plan
 
 NAME = "model.embed_tokens.weight"
 TOKENS = torch.tensor([[5, 1023, 0, 5, 77, 9]])
@@ -45,8 +47,10 @@ def test_streamed_with_embeddings_on_disk_equals_resident(untied: Path, monkeypa
     with torch.inference_mode():
         expected = resident.generate(TOKENS, max_new_tokens=8, do_sample=False)
 
-    def least(needs: Needs, budget_bytes: int | None) -> Placement:
-        return Placement(("disk",) * len(needs.layers_bytes), 2, needs.without_embedding(), budget_bytes, True)
+    def least(needs: Needs, *arguments: Any) -> Placement:
+        return Placement(
+            ("disk",) * len(needs.layers_bytes), 2, needs.without_embedding(), None, embedding_on_disk=True
+        )
 
     monkeypatch.setattr("offload.executor.plan", least)
     model = load(untied, poison=True)

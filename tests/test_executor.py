@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,28 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 
+import offload
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, ResourceError
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
-from offload.placement import Placement, plan
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
 
 
 @contextmanager
-def streamed(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, depth: int = 2, **options: Any
-) -> Iterator[PreTrainedModel]:
+def streamed(directory: Path, depth: int = 2, **options: Any) -> Iterator[PreTrainedModel]:
     """A model all of whose layers come from disk through `depth` slots, freed slots filled with NaN."""
-
-    def all_on_disk(needs: Any, budget_bytes: int | None) -> Placement:
-        return Placement(("disk",) * len(needs.layers_bytes), depth, needs, budget_bytes)
-
-    monkeypatch.setattr("offload.executor.plan", all_on_disk)
-    model = load(directory, poison=True, **options)
-    monkeypatch.setattr("offload.executor.plan", plan)
+    model = load(directory, poison=True, device_map="disk", slots=depth, **options)
     try:
         yield model
     finally:
@@ -49,13 +43,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_8_bits"])
-def test_streamed_equals_resident(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, checkpoint: str, depth: int, mode: str
-) -> None:
+def test_streamed_equals_resident(request: pytest.FixtureRequest, checkpoint: str, depth: int, mode: str) -> None:
     directory = request.getfixturevalue(checkpoint)
     expected = logits(load(directory, mode=mode))
     assert torch.isfinite(expected).all()
-    with streamed(directory, monkeypatch, depth, mode=mode) as model:
+    with streamed(directory, depth, mode=mode) as model:
         for _ in range(3):
             assert torch.equal(logits(model), expected)
         assert executor_of(model).stats.layer_reads >= 9
@@ -78,7 +70,7 @@ def test_exact_mode_equals_the_dequantised_model(
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
 
 
-def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_streams_beams_and_assists(tiny_checkpoint: Path) -> None:
     resident = load(tiny_checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     ways: list[dict[str, Any]] = [
@@ -87,7 +79,7 @@ def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: 
         {"prompt_lookup_num_tokens": 3, "do_sample": False},
         {"do_sample": False, "prefill_chunk_size": 3},
     ]
-    with streamed(tiny_checkpoint, monkeypatch) as model:
+    with streamed(tiny_checkpoint) as model:
         for way in ways:
             torch.manual_seed(3)
             expected = resident.generate(TOKENS, max_new_tokens=8, attention_mask=torch.ones_like(TOKENS), **way)
@@ -97,10 +89,8 @@ def test_generate_streams_beams_and_assists(tiny_checkpoint: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_forward_after_an_interrupted_one_is_right(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, depth: int
-) -> None:
-    with streamed(tiny_checkpoint, monkeypatch, depth) as model:
+def test_a_forward_after_an_interrupted_one_is_right(tiny_checkpoint: Path, depth: int) -> None:
+    with streamed(tiny_checkpoint, depth) as model:
         expected = logits(model)
         for name, module in list(model.named_modules()):
             if any(module.children()):
@@ -118,9 +108,7 @@ def test_a_forward_after_an_interrupted_one_is_right(
             assert torch.equal(logits(model), expected), name
 
 
-def test_a_flipped_bit_stops_the_run_and_names_the_tensor(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flipped_bit_stops_the_run_and_names_the_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
     blob = Checkpoint.open(directory).blobs[2]
     spec = blob.tensors[f"{blob.module}.mlp.up_proj.weight_packed"]
@@ -130,15 +118,13 @@ def test_a_flipped_bit_stops_the_run_and_names_the_tensor(
     message = r"model-00003.*'model.layers.1.mlp.up_proj.weight_packed' is damaged .*copy or download"
     with pytest.raises(CheckpointError, match=message):
         load(directory)
-    with streamed(directory, monkeypatch) as model, pytest.raises(CheckpointError, match=message):
+    with streamed(directory) as model, pytest.raises(CheckpointError, match=message):
         logits(model)
 
 
-def test_a_shard_cut_while_in_use_is_an_error_and_the_model_lives(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_cut_while_in_use_is_an_error_and_the_model_lives(tiny_checkpoint: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint, tmp_path / "cut")
-    with streamed(directory, monkeypatch, depth=1) as model:
+    with streamed(directory, depth=1) as model:
         expected = logits(model)
         path = Checkpoint.open(directory).blobs[2].path
         whole = path.read_bytes()
@@ -173,10 +159,46 @@ def test_a_configuration_that_disagrees_is_refused(
         load(directory)
 
 
-def test_device_map_and_plan_agree(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with streamed(tiny_checkpoint, monkeypatch) as model:
+def test_device_map_and_plan_agree(tiny_checkpoint: Path) -> None:
+    with streamed(tiny_checkpoint) as model:
         assert model.hf_device_map["model.layers.0"] == "disk"
         assert set(executor_of(model).placement.tiers) == {"disk"}
     assert load(tiny_checkpoint).hf_device_map["model.layers.0"] == "cpu"
     resident = load(tiny_checkpoint, cpu_memory=own_memory_bytes() + (1 << 30))
     assert executor_of(resident).placement.disk_bytes == 0
+
+
+def test_a_device_map_comes_back_as_it_was_asked_for(tiny_checkpoint: Path) -> None:
+    asked = {"model.embed_tokens": "cpu", "model": "cpu", "model.layers.1": "disk"}
+    model = offload.load(tiny_checkpoint, device_map=asked, slots=1)
+    assert [model.hf_device_map[f"model.layers.{index}"] for index in range(3)] == ["cpu", "disk", "cpu"]
+    again = offload.load(tiny_checkpoint, device_map=model.hf_device_map)
+    assert again.hf_device_map == model.hf_device_map
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ({"gpu_memory": "8GiB"}, "--gpu-memory 8.0 GiB"),
+        ({"max_memory": {0: "8GiB"}}, "--gpu-memory 8.0 GiB"),
+        ({"n_gpu_layers": 2}, "--n-gpu-layers 2"),
+        ({"cpu_offload_gb": 1.5}, "--cpu-offload-gb 1.5"),
+        ({"gpu_weights_percent": 50}, "--gpu-weights-percent 50"),
+        ({"device_map": {"": 0}}, "--device-map"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_said_before_any_work(
+    words: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for present, why in ((False, "no CUDA device here"), (True, "layers run in host memory and on disk only, for now")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        with pytest.raises(ResourceError) as caught:
+            load("no-such-directory", **words)
+        assert str(caught.value) == f"{named}: {why}; leave it out"
+
+
+def test_importing_the_room_imports_no_torch() -> None:
+    code = "import sys, offload; assert 'torch' not in sys.modules; assert not hasattr(offload, 'loads')"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+    assert offload.load is load

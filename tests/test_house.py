@@ -67,7 +67,18 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["quant.awq", "quant.rtn", "quant.gptq", "offload.generate", "eval.ppl", "eval.compare", "eval.speed"]
+    "command",
+    [
+        "quant.awq",
+        "quant.rtn",
+        "quant.gptq",
+        "offload.generate",
+        "offload.plan",
+        "offload.verify",
+        "eval.ppl",
+        "eval.compare",
+        "eval.speed",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = subprocess.run(

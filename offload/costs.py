@@ -1,0 +1,178 @@
+"""What a pass costs: what the links of a machine explain, and what a rehearsal of the model has measured beside it."""
+
+import hashlib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from kernels.cpu_build import library_name
+from offload.checkpoint import CONFIG_NAME, Checkpoint
+from offload.machine import Machine, cache_file, load_cache, save_json
+from offload.needs import cache_bytes, layer_bytes
+from offload.predict import Costs
+from offload.skeleton import read_config
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model counts for speed: bytes of each layer, its quantized weights, keys and values a token, head."""
+
+    layers_bytes: tuple[int, ...]
+    layers_weights: tuple[int, ...]
+    cache_bytes_per_token: float
+    head_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: PretrainedConfig, element_bytes: int) -> "Shape":
+        """Read it off a checkpoint. element_bytes: of activations and of what is not quantized."""
+        text = config.get_text_config(decoder=True)
+        blobs = [blob for blob in checkpoint.blobs if blob.module]
+        weights = [
+            sum(spec.nbytes for name, spec in blob.tensors.items() if name.endswith(".weight_packed")) for blob in blobs
+        ]
+        return cls(
+            layers_bytes=layer_bytes(checkpoint),
+            layers_weights=tuple(nbytes * 8 // checkpoint.recipe.bits for nbytes in weights),
+            cache_bytes_per_token=cache_bytes(config, 1, element_bytes) / len(blobs),
+            head_bytes=text.vocab_size * text.hidden_size * element_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What decoding one sequence takes beside what the links explain, in seconds, as rehearsed on this machine.
+
+    layer: of every layer; streamed: more for one out of the ring. outside: of a pass, between its layers. read: of
+    every read. context: of every layer and token of context, all of it. prefill: of every layer and token of a prompt.
+    computing_beside, reading_beside: see Costs. kept: layers that were in memory in the rehearsal.
+    """
+
+    layer_seconds: float = 0.0
+    streamed_seconds: float = 0.0
+    outside_seconds: float = 0.0
+    read_seconds: float = 0.0
+    context_seconds: float | None = None
+    prefill_seconds: float = 0.0
+    computing_beside: float | None = None
+    reading_beside: float = 1.0
+    kept: int = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether a rehearsal has found them."""
+        return self != Overheads()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Overheads":
+        """Rebuild from `to_json`. Raises ValueError if the keys are others or a value is no number."""
+        if set(values) != {field.name for field in fields(cls)}:
+            raise ValueError(f"expected the keys {[field.name for field in fields(cls)]}, found {sorted(values)}")
+        if not all(value is None or isinstance(value, (int, float)) for value in values.values()):
+            raise ValueError("expected numbers")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of plain JSON values."""
+        return asdict(self)
+
+
+def decode_costs(
+    shape: Shape, machine: Machine, overheads: Overheads, context_tokens: int, batch_size: int = 1
+) -> Costs:
+    """Return the costs of decoding one token of each sequence with `context_tokens` tokens before it."""
+    cached = batch_size * context_tokens
+    context = overheads.context_seconds
+    if context is None:
+        context = shape.cache_bytes_per_token / machine.read_bytes_per_second
+    around = overheads.layer_seconds + cached * context
+    costs = _costs(shape, machine, overheads, batch_size, around)
+    if not machine.has_device:
+        return costs
+    device_context = cached * shape.cache_bytes_per_token / machine.device_bytes_per_second
+    return _with_device(costs, shape, machine, batch_size, device_context)
+
+
+def prefill_costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: int) -> Costs:
+    """Return the costs of a pass over `tokens` tokens of prompts, together."""
+    costs = _costs(shape, machine, overheads, tokens, tokens * overheads.prefill_seconds)
+    return _with_device(costs, shape, machine, tokens, 0.0) if machine.has_device else costs
+
+
+def _costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: int, around: float) -> Costs:
+    beside = overheads.computing_beside
+    return Costs(
+        host_seconds=tuple(
+            around
+            + max(nbytes / machine.kernel_bytes_per_second, 2 * weights * tokens / machine.kernel_operations_per_second)
+            for nbytes, weights in zip(shape.layers_bytes, shape.layers_weights, strict=True)
+        ),
+        read_seconds=tuple(read_seconds(machine, nbytes) + overheads.read_seconds for nbytes in shape.layers_bytes),
+        outside_seconds=shape.head_bytes / machine.read_bytes_per_second + overheads.outside_seconds,
+        streamed_seconds=overheads.streamed_seconds,
+        computing_beside=1 / (1 + machine.interference) if beside is None else beside,
+        reading_beside=overheads.reading_beside,
+    )
+
+
+def read_seconds(machine: Machine, nbytes: int) -> float:
+    """Return what reading a layer takes while nothing else runs."""
+    return machine.disk_seconds_per_read + nbytes / machine.disk_bytes_per_second
+
+
+def _with_device(costs: Costs, shape: Shape, machine: Machine, tokens: int, around: float) -> Costs:
+    """Add what a GPU would take; its overheads are not known before a rehearsal on it."""
+
+    def computing(bytes_per_second: float) -> tuple[float, ...]:
+        operations_per_second = machine.device_operations_per_second or float("inf")
+        return tuple(
+            around + max(nbytes / bytes_per_second, 2 * weights * tokens / operations_per_second)
+            for nbytes, weights in zip(shape.layers_bytes, shape.layers_weights, strict=True)
+        )
+
+    return replace(
+        costs,
+        device_seconds=computing(machine.device_bytes_per_second),
+        mapped_seconds=computing(machine.mapped_bytes_per_second),
+        copy_seconds=tuple(nbytes / machine.copy_bytes_per_second for nbytes in shape.layers_bytes),
+        outside_device_seconds=shape.head_bytes / machine.device_bytes_per_second,
+    )
+
+
+def model_key(checkpoint: Checkpoint) -> str:
+    """Return what the overheads of a checkpoint are kept under: its shape, and the kernels that run it."""
+    config = (checkpoint.directory / CONFIG_NAME).read_bytes()
+    return hashlib.sha256(config + library_name().encode()).hexdigest()[:16]
+
+
+def recall_overheads(checkpoint: Checkpoint) -> Overheads:
+    """Return what a rehearsal of the checkpoint on this machine has found, or overheads that are not known."""
+    found = load_cache(cache_file(checkpoint.directory)).get("models", {}).get(model_key(checkpoint))
+    try:
+        return Overheads() if found is None else Overheads.from_json(found)
+    except ValueError:  # written by another version
+        return Overheads()
+
+
+def remember_overheads(checkpoint: Checkpoint, overheads: Overheads) -> None:
+    """Keep them beside the figures of this machine, which have been measured."""
+    path = cache_file(checkpoint.directory)
+    cache = load_cache(path)
+    save_json(path, {**cache, "models": {**cache["models"], model_key(checkpoint): overheads.to_json()}})
+
+
+def recall_costs(directory: Path, context_tokens: int) -> Costs | None:
+    """Return the costs of decoding from a checkpoint if `offload.plan` has rehearsed it on this machine, else None.
+
+    Raises CheckpointError if there is no finished checkpoint.
+    """
+    checkpoint = Checkpoint.open(directory)
+    overheads = recall_overheads(checkpoint)
+    if not overheads.known:
+        return None
+    machine = Machine.from_json(load_cache(cache_file(checkpoint.directory))["machine"])
+    config = read_config(checkpoint.directory)
+    shape = Shape.of(checkpoint, config, (getattr(config, "dtype", None) or torch.bfloat16).itemsize)
+    return decode_costs(shape, machine, overheads, context_tokens)

@@ -1,0 +1,278 @@
+"""Plan a run before it: where every layer lives, how fast it will be, and what would help. `python -m offload.plan`"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload.command import Parser, format_bytes, run, say
+from offload.errors import InputError, ResourceError, UsageError
+from offload.source import DEFAULT_OUTPUT
+from offload.wishes import Wishes, WishWords, add_wish_flags, flag, words_of
+
+if TYPE_CHECKING:
+    from offload.forecast import Prediction, Subject
+    from offload.machine import Machine
+    from offload.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """Tokens a second, as predicted for the placement that was loaded and as measured on it."""
+
+    decode_predicted: float
+    decode_measured: float
+    prefill_predicted: float
+    prefill_measured: float
+
+    def in_words(self) -> str:
+        """Return it as lines for a person."""
+        lines = ["confirmed by a run"]
+        for name in ("decode", "prefill"):
+            predicted, measured = getattr(self, f"{name}_predicted"), getattr(self, f"{name}_measured")
+            error = f"{abs(predicted / measured - 1):.0%} {'over' if predicted > measured else 'under'} it"
+            lines.append(f"  {name:8} {measured:8.1f} tokens/s; predicted {predicted:.1f}, {error}")
+        return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run(_command, argv)
+
+
+def _command(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    for word in ("context", "batch"):
+        if getattr(options, word) < 1:
+            raise UsageError(f"--{word} {getattr(options, word)}: expected at least 1")
+    words = words_of(options)
+    wishes = Wishes.of(words)
+    if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
+        raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
+    subject = _subject(options, wishes)
+    hypothetical = None if options.machine is None else f"{options.machine} ({subject.machine.description})"
+    runs = not (options.no_confirm or hypothetical or subject.wishes.gpu_word)
+    if runs and subject.wants_rehearsal:
+        subject = _rehearsed(options, words, subject)
+    from offload.forecast import predict
+
+    placement = subject.placed()
+    prediction = predict(subject, placement)
+    if not options.json:
+        print(_in_words(subject, placement, prediction, hypothetical), flush=True)
+    confirmation = _confirmed(options, words, subject) if runs else None
+    if options.json:
+        print(json.dumps(_as_json(subject, placement, prediction, confirmation, hypothetical)))
+    elif confirmation is not None:
+        print(confirmation.in_words())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("offload.plan", "Plan where every layer of a checkpoint lives, predict its speed, and confirm it.")
+    add = parser.add_argument
+    add("-m", "--model", type=Path, default=DEFAULT_OUTPUT, help="checkpoint directory")
+    add("--context", type=int, default=2048, help="tokens to leave room for")
+    add("--batch", type=int, default=1, help="sequences at once")
+    add("--no-confirm", action="store_true", help="only predict: run nothing, unless this machine was never measured")
+    add("--remeasure", action="store_true", help="measure machine and model again instead of using what is cached")
+    add("--machine", type=Path, metavar="FILE", help="plan for a machine of these figures instead of this one")
+    add("--save-machine", type=Path, metavar="FILE", help="write this machine's figures")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add_wish_flags(parser)
+    return parser
+
+
+def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
+    """Describe what is planned; what cannot fit is refused before anything is measured."""
+    import torch
+
+    from offload.checkpoint import Checkpoint
+    from offload.costs import Shape, recall_overheads
+    from offload.embedding import plain_embedding
+    from offload.forecast import PREFILL_TOKENS, Subject
+    from offload.memory import trim_memory
+    from offload.needs import count_needs
+    from offload.placement import plan
+    from offload.skeleton import build_skeleton, read_config
+
+    checkpoint = Checkpoint.open(options.model)
+    config = read_config(checkpoint.directory)
+    longest = config.get_text_config(decoder=True).max_position_embeddings
+    if options.context > longest:
+        raise UsageError(f"--context {options.context}: the model takes {longest} tokens at most")
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    layers = [blob.module for blob in checkpoint.blobs if blob.module]
+    skeleton = build_skeleton(config, dtype)
+    wishes = wishes.on([name for name, _ in skeleton.named_modules()], layers)
+    embedding = plain_embedding(skeleton, [blob for blob in checkpoint.blobs if not blob.module])
+    trim_memory()
+    needs = count_needs(
+        config,
+        checkpoint,
+        dtype.itemsize,
+        context_tokens=options.context,
+        batch_size=options.batch,
+        chunk_tokens=PREFILL_TOKENS,
+        embedding_bytes=0 if embedding is None else embedding[0].tensors[embedding[1]].nbytes,
+    )
+    if wishes.gpu_word is None:
+        plan(needs, wishes)
+    machine = _machine(options)
+    if wishes.gpu_word is not None:
+        wishes = _on_device(wishes, machine)
+    return Subject(
+        shape=Shape.of(checkpoint, config, dtype.itemsize),
+        needs=replace(needs, device_runtime_bytes=machine.device_runtime_bytes),
+        wishes=wishes,
+        machine=machine,
+        overheads=recall_overheads(checkpoint),
+        context_tokens=options.context,
+        batch_size=options.batch,
+    )
+
+
+def _machine(options: argparse.Namespace) -> "Machine":
+    """Return the figures to plan with: out of a file, out of the cache, or measured and cached now."""
+    from offload.machine import Machine, cache_file, load_cache, read_machine, save_json
+    from offload.trial import run_measurement
+
+    if options.machine is not None:
+        return read_machine(options.machine)
+    path = cache_file(options.model)
+    cache = {} if options.remeasure else load_cache(path)
+    if not cache:
+        say("measuring this machine, once")
+        cache = {"machine": asdict(run_measurement(options.model)), "models": {}}
+        save_json(path, cache)
+    if options.save_machine is not None:
+        save_json(options.save_machine, cache["machine"])
+    return Machine.from_json(cache["machine"])
+
+
+def _rehearsed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> "Subject":
+    """Rehearse the model, cache what was found, and return the subject with it."""
+    from offload.checkpoint import Checkpoint
+    from offload.costs import remember_overheads
+    from offload.rehearsal import rehearse
+
+    say("rehearsing the model on it, once")
+    overheads = rehearse(options.model, subject.shape, subject.machine, words, options.context)
+    remember_overheads(Checkpoint.open(options.model), overheads)
+    return replace(subject, overheads=overheads)
+
+
+def _on_device(wishes: Wishes, machine: "Machine") -> Wishes:
+    """Return the wishes with a budget on the GPU. Raises ResourceError if the machine has none."""
+    word, _, value = (wishes.gpu_word or "").partition(" ")
+    if not machine.has_device:
+        raise ResourceError(
+            f"{flag(word)}{value and f' {value}'}: no CUDA device here; leave it out, or plan for a machine that has "
+            "one with --machine FILE"
+        )
+    memory = machine.device_memory_bytes or None
+    if memory is not None and wishes.gpu_bytes is not None and wishes.gpu_bytes > memory:
+        raise ResourceError(f"--gpu-memory {format_bytes(wishes.gpu_bytes)}: the GPU has {format_bytes(memory)}")
+    return replace(wishes, gpu_bytes=wishes.gpu_bytes or memory)
+
+
+def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> Confirmation:
+    """Load the model as planned, time some tokens, and predict the same for the placement it was loaded with."""
+    from offload.forecast import PREFILL_TOKENS, START_TOKENS
+    from offload.placement import Placement
+    from offload.trial import run_trial
+
+    batch, prompts = subject.batch_size, (START_TOKENS, PREFILL_TOKENS)
+    trial = run_trial(
+        options.model,
+        words,
+        prompts,
+        context_tokens=subject.context_tokens,
+        batch_size=batch,
+        costs=subject.costs,
+    )
+    placement = Placement(trial.tiers, trial.depth, subject.needs, subject.wishes.cpu_bytes)
+    short, long = trial.timings
+    return Confirmation(
+        decode_predicted=batch / subject.decode_seconds(placement, short.context_tokens),
+        decode_measured=batch / short.step_seconds,
+        prefill_predicted=batch * long.prompt_tokens / subject.prefill_seconds(placement, long.prompt_tokens),
+        prefill_measured=batch * long.prompt_tokens / long.prefill_seconds,
+    )
+
+
+def _in_words(subject: "Subject", placement: "Placement", prediction: "Prediction", hypothetical: str | None) -> str:
+    from offload.placement import describe
+
+    machine = subject.machine
+    lines = [f"hypothetical: a machine of {hypothetical}, not this one"] if hypothetical else []
+    lines += [
+        f"machine  {machine.description}, measured {machine.date}",
+        f"  memory {_rate(machine.read_bytes_per_second)}, int4 product {_rate(machine.kernel_bytes_per_second)}, "
+        f"disk {_rate(machine.disk_bytes_per_second)}",
+    ]
+    if machine.has_device:
+        lines.append(
+            f"  GPU memory {_rate(machine.device_bytes_per_second)}, copied to it "
+            f"{_rate(machine.copy_bytes_per_second)}, read by it {_rate(machine.mapped_bytes_per_second)}"
+        )
+    lines += [describe(placement), "layers"]
+    for tier, ranges in _where(placement.tiers).items():
+        lines.append(f"  {tier:9}{ranges}")
+    start, full = prediction.decode_tokens_per_second, prediction.decode_full_tokens_per_second
+    context = f"{full:.1f} with {subject.context_tokens} tokens before"
+    lines += [
+        "predicted" if subject.overheads.known else "predicted from the links alone, as the model was not rehearsed",
+        f"  decode   {start:8.1f} tokens/s at the start, {context}",
+        f"  prefill  {prediction.prefill_tokens_per_second:8.1f} tokens/s",
+        f"  bound by {prediction.bound}: without it a token would take {prediction.bound_share:.0%} less",
+        *(f"  {name}: {times:.1f}x" for name, times in prediction.help.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s"
+
+
+def _where(tiers: Sequence[str]) -> dict[str, str]:
+    """Return the layers of each tier: {"host": "0, 3, 6-8"}."""
+    ranges: dict[str, list[str]] = {}
+    first = 0
+    for tier, group in groupby(tiers):
+        last = first + len(list(group)) - 1
+        ranges.setdefault(tier, []).append(str(first) if first == last else f"{first}-{last}")
+        first = last + 1
+    return {tier: ", ".join(parts) for tier, parts in ranges.items()}
+
+
+def _as_json(
+    subject: "Subject",
+    placement: "Placement",
+    prediction: "Prediction",
+    measured: Confirmation | None,
+    hypothetical: str | None,
+) -> dict[str, Any]:
+    return {
+        "tiers": list(placement.tiers),
+        "slots": placement.depth,
+        "device_slots": placement.device_depth,
+        "way_from_disk": placement.way,
+        "expected_bytes": placement.expected_bytes,
+        "device_bytes": placement.device_bytes,
+        "disk_bytes_per_token": placement.disk_bytes,
+        "budget_bytes": placement.budget_bytes,
+        "device_budget_bytes": placement.device_budget_bytes,
+        "prediction": asdict(prediction),
+        "confirmation": None if measured is None else asdict(measured),
+        "hypothetical": hypothetical,
+        "machine": asdict(subject.machine),
+        "overheads": subject.overheads.to_json(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

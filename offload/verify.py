@@ -1,0 +1,179 @@
+"""Prove a checkpoint on this machine: its checksums, and streamed against resident bit for bit. `-m offload.verify`"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload.command import Parser, Progress, format_bytes, run, say
+from offload.errors import InputError, UsageError
+from offload.source import DEFAULT_OUTPUT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from offload.checkpoint import Checkpoint
+    from offload.wishes import WishWords
+
+_SLOTS = (1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A placement this machine can offer, in words and as what `load` is asked for."""
+
+    name: str
+    words: "WishWords"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a placement did. differs: the first pass whose logits are not the reference's, None if all are."""
+
+    placement: str
+    tokens_per_second: float
+    differs: str | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run(_command, argv)
+
+
+def _command(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    for word in ("prompt_tokens", "new_tokens"):
+        if getattr(options, word) < 1:
+            raise UsageError(f"--{word.replace('_', '-')} {getattr(options, word)}: expected at least 1")
+    if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
+        raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
+    from offload.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(options.model)
+    check_sums(checkpoint)
+    outcomes = _outcomes(options, checkpoint)
+    if options.json:
+        print(json.dumps({"nbytes": checkpoint.nbytes, "placements": [asdict(outcome) for outcome in outcomes]}))
+    bad = [f"{outcome.placement} ({outcome.differs})" for outcome in outcomes if outcome.differs]
+    if bad:
+        raise InputError(
+            f"{options.model}: other logits than {outcomes[0].placement}: {'; '.join(bad)}; no token of these "
+            "placements can be trusted: report it with the output of this command"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("offload.verify", "Verify a checkpoint's checksums, then that streaming it changes no bit.")
+    add = parser.add_argument
+    add("-m", "--model", type=Path, default=DEFAULT_OUTPUT, help="checkpoint directory")
+    add("--prompt-tokens", type=int, default=64, help="tokens of the prompt whose logits are compared")
+    add("--new-tokens", type=int, default=8, help="tokens after it, one pass each")
+    add("--exact", action="store_true", help="compare with float32 activations instead of int8")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def check_sums(checkpoint: "Checkpoint") -> None:
+    """Read every tensor past the page cache and compare it with the manifest. Raises CheckpointError."""
+    from offload.executor import verify
+    from offload.memory import Arena, FileReader
+    from offload.transfer import read_blob
+
+    reader, arena = FileReader(), Arena(max(blob.nbytes for blob in checkpoint.blobs))
+    progress = Progress("checksums", len(checkpoint.blobs))
+    try:
+        for blob in checkpoint.blobs:
+            read_blob(reader, blob, arena)
+            verify(blob, arena)
+            progress.advance(blob.path.name)
+    finally:
+        reader.close()
+
+
+def offers(checkpoint: "Checkpoint", available_bytes: int) -> list[Offer]:
+    """Return the placements of a checkpoint on a machine with so much memory free; the first is the reference."""
+    layers = [blob.module for blob in checkpoint.blobs if blob.module]
+    found = []
+    if checkpoint.nbytes < available_bytes:
+        found.append(Offer("all layers in memory", {"device_map": "cpu"}))
+    found += [
+        Offer(f"all layers on disk, {slots} slot{'s' if slots > 1 else ''}", {"device_map": "disk", "slots": slots})
+        for slots in _SLOTS[: len(layers)]
+    ]
+    if checkpoint.nbytes < available_bytes and len(layers) > 1:
+        places = {"": "cpu"} | dict.fromkeys(layers[::2], "disk")
+        found.append(Offer("every second layer on disk", {"device_map": places, "slots": min(2, len(layers[::2]))}))
+    return found
+
+
+def _outcomes(options: argparse.Namespace, checkpoint: "Checkpoint") -> list[Outcome]:
+    available = available_bytes()
+    tried = offers(checkpoint, available)
+    if len(tried) < len(offers(checkpoint, sys.maxsize)):
+        need = f"{format_bytes(checkpoint.nbytes)} do not fit into the {format_bytes(available)} that are free"
+        say(f"{need}: the reference is {tried[0].name}")
+    outcomes: list[Outcome] = []
+    reference: list[Tensor] = []
+    for offer in tried:
+        logits, tokens_per_second = _logits(options, offer)
+        reference = reference or logits
+        outcome = Outcome(offer.name, tokens_per_second, _difference(reference, logits))
+        outcomes.append(outcome)
+        if not options.json:
+            state = "DIFFERS" if outcome.differs else "ok"
+            where = f"  {outcome.differs}" if outcome.differs else ""
+            print(f"{state:8} {offer.name:28} {tokens_per_second:8.1f} tokens/s{where}", flush=True)
+    return outcomes
+
+
+def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], float]":
+    """Return the logits of a prompt and of the tokens after it, and how many of the latter a second."""
+    import torch
+
+    from offload.executor import executor_of, load
+
+    context = options.prompt_tokens + options.new_tokens
+    mode: Any = "exact" if options.exact else "fast"
+    model = load(options.model, context_tokens=context, mode=mode, poison=True, **offer.words)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode():
+            output = model(tokens[:, : options.prompt_tokens], use_cache=True)
+            logits, started = [output.logits], time.perf_counter()
+            for position in range(options.prompt_tokens, context):
+                output = model(tokens[:, position : position + 1], past_key_values=output.past_key_values)
+                logits.append(output.logits)
+            elapsed = time.perf_counter() - started
+    finally:
+        executor_of(model).close()
+        del model
+        gc.collect()  # a model is full of circles, and the next one needs its memory
+    return logits, options.new_tokens / elapsed
+
+
+def _difference(expected: "Sequence[Tensor]", found: "Sequence[Tensor]") -> str | None:
+    """Name the first pass whose logits differ in any bit."""
+    import torch
+
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):  # as bytes: NaN is equal to itself
+            return "in the prompt" if number == 0 else f"in token {number} after the prompt"
+    return None
+
+
+def available_bytes() -> int:
+    """Return the memory that the system says could be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

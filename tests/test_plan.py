@@ -1,0 +1,265 @@
+"""`offload.plan`: trials give back what they were made with, and a plan says what it predicts, for what, and why."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload import machine, rehearsal, trial
+from offload.checkpoint import Checkpoint
+from offload.costs import Overheads, Shape, decode_costs, model_key, prefill_costs
+from offload.errors import ResourceError
+from offload.forecast import START_TOKENS
+from offload.machine import Machine, load_cache, save_json
+from offload.needs import Needs
+from offload.placement import plan
+from offload.plan import main
+from offload.predict import Costs, Tier, walk
+from offload.rehearsal import rehearse
+from offload.trial import Timing, Trial, run_trial
+from offload.wishes import Wishes, WishWords
+
+MIB = 1 << 20
+COUNT = 24
+SHAPE = Shape((40 * MIB,) * COUNT, (80_000_000,) * COUNT, cache_bytes_per_token=4096.0, head_bytes=100 * MIB)
+NEEDS = Needs(450 * MIB, 100 * MIB, 50 * MIB, 20 * MIB, SHAPE.layers_bytes)
+FIGURES = Machine(
+    description="invented",
+    date="2026-01-01",
+    read_bytes_per_second=20e9,
+    kernel_bytes_per_second=16e9,
+    kernel_operations_per_second=1e12,
+    disk_bytes_per_second=6e9,
+    disk_seconds_per_read=1e-4,
+    interference=0.25,
+)
+TRUE = Overheads(
+    layer_seconds=9e-4,
+    streamed_seconds=6e-4,
+    outside_seconds=4e-3,
+    read_seconds=3e-4,
+    context_seconds=2e-6,
+    prefill_seconds=1e-4,
+    computing_beside=0.9,
+    reading_beside=0.7,
+    kept=COUNT,
+)
+DESKTOP = replace(
+    FIGURES,
+    description="a desktop",
+    copy_bytes_per_second=25e9,
+    mapped_bytes_per_second=20e9,
+    device_bytes_per_second=800e9,
+    device_operations_per_second=1e14,
+    device_memory_bytes=24 << 30,
+    device_runtime_bytes=500 << 20,
+)
+
+
+class InventedMachine:
+    """Answers trials with what a pass takes where TRUE holds."""
+
+    def __init__(self) -> None:
+        self.words: list[WishWords] = []
+
+    def __call__(
+        self, directory: Path, words: WishWords, prompts: Sequence[int], *, context_tokens: int, **_: Any
+    ) -> Trial:
+        self.words.append(words)
+        layers = [f"layers.{index}" for index in range(COUNT)]
+        placement = plan(NEEDS, Wishes.of(words).on(layers, layers))
+        timings = [self._timing(placement.tiers, placement.depth, prompt) for prompt in prompts]
+        return Trial(placement.tiers, placement.depth, tuple(timings))
+
+    def _timing(self, tiers: tuple[Tier, ...], depth: int, prompt: int) -> Timing:
+        costs = decode_costs(SHAPE, FIGURES, TRUE, prompt + 8)
+        decoded = walk(tiers, costs, depth)
+        filled = walk(tiers, prefill_costs(SHAPE, FIGURES, TRUE, prompt), depth)
+        inside = decoded.seconds - costs.outside_seconds
+        return Timing(
+            prompt, prompt + 8, decoded.seconds, inside, decoded.wait_seconds, filled.seconds, filled.wait_seconds
+        )
+
+
+def test_trials_give_back_what_the_machine_was_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    invented = InventedMachine()
+    monkeypatch.setattr(rehearsal, "run_trial", invented)
+    budget = NEEDS.around_bytes + 16 * 40 * MIB
+    found = rehearse(Path(), SHAPE, FIGURES, {"cpu_memory": budget}, 2048)
+    assert [words.get("slots") for words in invented.words] == [1, 3, None]
+    assert all(words["cpu_memory"] == budget for words in invented.words)
+    for budget in (None, *(NEEDS.around_bytes + layers * 40 * MIB for layers in range(1, COUNT))):
+        for context in (START_TOKENS, 2048):
+            expected, predicted = (decode_costs(SHAPE, FIGURES, known, context) for known in (TRUE, found))
+            placement = plan(NEEDS, budget, expected)
+            assert placement.seconds(predicted) == pytest.approx(placement.seconds(expected), rel=0.05)
+
+
+@pytest.mark.parametrize(("layers", "slots"), [(2, [1, 3, 2, None]), (1, [1, 3, 2, None])])
+def test_a_budget_that_has_no_room_for_a_ring_is_rehearsed_without(
+    monkeypatch: pytest.MonkeyPatch, layers: int, slots: list[int | None]
+) -> None:
+    invented = InventedMachine()
+    monkeypatch.setattr(rehearsal, "run_trial", invented)
+    budget = NEEDS.around_bytes + layers * 40 * MIB
+    found = rehearse(Path(), SHAPE, FIGURES, {"cpu_memory": budget}, 2048)
+    assert [words.get("slots") for words in invented.words] == slots
+    assert found.kept == 0
+    costs = decode_costs(SHAPE, FIGURES, TRUE, START_TOKENS)
+    placement = plan(NEEDS, budget, costs)
+    predicted = placement.seconds(decode_costs(SHAPE, FIGURES, found, START_TOKENS))
+    assert predicted == pytest.approx(placement.seconds(costs), rel=0.05)
+    with pytest.raises(ResourceError, match="too small"):
+        rehearse(Path(), SHAPE, FIGURES, {"cpu_memory": NEEDS.around_bytes}, 2048)
+
+
+def test_a_trial_runs_in_its_own_process(tiny_checkpoint: Path) -> None:
+    costs = Costs((1e-3,) * 3, (1e-3,) * 3)
+    found = run_trial(tiny_checkpoint, {"device_map": "disk", "slots": 2}, (8, 40), context_tokens=64, costs=costs)
+    assert (found.tiers, found.depth) == (("disk",) * 3, 2)
+    assert [timing.prompt_tokens for timing in found.timings] == [8, 40]
+    for timing in found.timings:
+        assert timing.prompt_tokens < timing.context_tokens < 64
+        assert 0 < timing.computing_seconds < timing.inside_seconds < timing.step_seconds
+        assert timing.prefill_seconds > timing.prefill_wait_seconds
+    with pytest.raises(ResourceError, match=r"^--cpu-memory 10.0 MiB: too small for this model; at least \d+ MiB"):
+        run_trial(tiny_checkpoint, {"cpu_memory": "10MiB"}, (8,), context_tokens=64)
+
+
+@pytest.fixture
+def invented_cache(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine and a rehearsal that are in the cache already."""
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    path = machine.cache_file(tiny_checkpoint)
+    key = model_key(Checkpoint.open(tiny_checkpoint))
+    save_json(path, {"machine": asdict(FIGURES), "models": {key: TRUE.to_json()}})
+    return path
+
+
+def test_a_plan_in_words(invented_cache: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(tiny_checkpoint), "--context", "100", "--no-confirm"]) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert lines[:2] == [
+        "machine  invented, measured 2026-01-01",
+        "  memory 20.0 GB/s, int4 product 16.0 GB/s, disk 6.0 GB/s",
+    ]
+    assert lines[-6:-4] == ["layers", "  host     0-2"]
+    assert lines[-4] == "predicted"
+    assert re.fullmatch(r"  decode +147\.\d tokens/s at the start, 13\d\.\d with 100 tokens before", lines[-3])
+    assert re.fullmatch(r"  prefill +\d+\.\d tokens/s", lines[-2])
+    assert re.fullmatch(r"  bound by what surrounds the products: without it a token would take 9\d% less", lines[-1])
+    assert output.err == ""
+
+
+def test_a_plan_for_a_budget_says_what_would_help(
+    invented_cache: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny_checkpoint), "--context", "100", "--no-confirm", "--json", "--device-map"]
+    assert main([*flags, '{"": "cpu", "model.layers.1": "disk"}']) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tiers"] == ["host", "disk", "host"]
+    assert report["hypothetical"] is None
+    assert report["confirmation"] is None
+    assert list(report["prediction"]["help"]) == ["a disk twice as fast"]
+    assert 1 <= report["prediction"]["help"]["a disk twice as fast"] < 1.2
+
+
+def test_a_plan_is_confirmed_by_what_was_loaded(
+    invented_cache: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = tuple(Timing(n, n + 8, 0.1, 0.09, 0.0, 2.0, 0.0) for n in (START_TOKENS, 90))
+    monkeypatch.setattr(trial, "run_trial", lambda *_, **__: Trial(("disk",) * 3, 3, timings))
+    assert main(["--model", str(tiny_checkpoint), "--context", "100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3] == "confirmed by a run"
+    assert re.fullmatch(r"  decode +10\.0 tokens/s; predicted \d+\.\d, \d+% over it", lines[-2])
+    assert re.fullmatch(r"  prefill +45\.0 tokens/s; predicted \d+\.\d, \d+% over it", lines[-1])
+
+
+def test_what_is_measured_once_is_cached(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(trial, "run_measurement", lambda directory: FIGURES)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: TRUE)
+    timings = tuple(Timing(n, n + 8, 0.1, 0.09, 0.0, 2.0, 0.0) for n in (START_TOKENS, 90))
+    monkeypatch.setattr(trial, "run_trial", lambda *_, **__: Trial(("host",) * 3, 0, timings))
+    saved = tmp_path / "saved.json"
+    flags = ["--model", str(tiny_checkpoint), "--context", "100", "--save-machine", str(saved)]
+    said = []
+    for more in ([], [], ["--remeasure"]):
+        assert main([*flags, *more]) == 0
+        said.append(capsys.readouterr().err.splitlines())
+    both = ["measuring this machine, once", "rehearsing the model on it, once"]
+    assert said == [both, [], both]
+    assert Machine.from_json(json.loads(saved.read_text())) == FIGURES
+    assert list(load_cache(machine.cache_file(tiny_checkpoint))["models"].values()) == [TRUE.to_json()]
+
+
+def test_a_plan_for_another_machine_is_called_hypothetical(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    path = tmp_path / "desktop.json"
+    save_json(path, asdict(DESKTOP))
+    flags = ["--model", str(tiny_checkpoint), "--context", "100", "--machine", str(path), "--n-gpu-layers", "2"]
+    assert main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"hypothetical: a machine of {path} (a desktop), not this one"
+    assert "  GPU memory 800.0 GB/s, copied to it 25.0 GB/s, read by it 20.0 GB/s" in lines
+    assert "on the GPU" in lines
+    assert "predicted from the links alone, as the model was not rehearsed" in lines
+    assert main([*flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tiers"].count("resident") == 2
+    assert report["device_budget_bytes"] == 24 << 30
+
+
+def test_a_rehearsal_that_kept_few_layers_does_for_plans_that_keep_few(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(trial, "run_measurement", lambda directory: FIGURES)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: replace(TRUE, kept=0))
+    timings = tuple(Timing(n, n + 8, 0.1, 0.09, 0.0, 2.0, 0.0) for n in (START_TOKENS, 90))
+    monkeypatch.setattr(trial, "run_trial", lambda *_, **__: Trial(("disk",) * 3, 1, timings))
+    said = []
+    for device_map in ("disk", "disk", "cpu"):
+        assert main(["--model", str(tiny_checkpoint), "--context", "100", "--device-map", device_map]) == 0
+        said.append(capsys.readouterr().err.splitlines())
+    again = "rehearsing the model on it, once"
+    assert said == [["measuring this machine, once", again], [], [again]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--context", "0"], 2, "--context 0: expected at least 1"),
+        (["--context", "600"], 2, "--context 600: the model takes 512 tokens at most"),
+        (["--batch", "0"], 2, "--batch 0: expected at least 1"),
+        (
+            ["--gpu-memory", "8GiB"],
+            4,
+            "--gpu-memory 8.0 GiB: no CUDA device here; leave it out, or plan for a machine that has one with "
+            "--machine FILE",
+        ),
+        (["--gpu-memory", "1GiB", "--max-memory", "0=2GiB"], 2, "--gpu-memory and --max-memory: both are a budget"),
+        (["--cpu-memory", "10MiB"], 4, "--cpu-memory 10.0 MiB: too small for this model; at least "),
+    ],
+)
+def test_refusals(
+    invented_cache: Path,
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    status: int,
+    message: str,
+) -> None:
+    context = [] if "--context" in flags else ["--context", "100"]
+    assert main(["--model", str(tiny_checkpoint), *context, *flags]) == status
+    assert capsys.readouterr().err.startswith(f"error: {message}")
