@@ -14,7 +14,7 @@ from offload.costs import Overheads, Shape, decode_costs, read_seconds
 from offload.errors import ResourceError
 from offload.forecast import PREFILL_TOKENS, START_TOKENS
 from offload.machine import Machine
-from offload.predict import Pass, Tier, walk
+from offload.predict import Pass, walk
 from offload.trial import Timing, Trial, run_trial
 from offload.wishes import WishWords
 
@@ -27,13 +27,13 @@ def rehearse(directory: Path, shape: Shape, machine: Machine, words: WishWords, 
     Raises ResourceError if the budget is too small for the model.
     """
     count = len(shape.layers_bytes)
-    overheads = _alone(_streamed(directory, words, 1, context_tokens), shape, machine)
+    overheads = _alone(_streamed(directory, words, 1, context_tokens).timings[0], shape, machine)
     for slots in (3, 2):
         try:
             ring = _streamed(directory, words, slots, context_tokens)
         except ResourceError:  # the budget has no room for them, and nothing will be read beside computing
             continue
-        overheads = _beside(ring, slots, overheads, shape, machine)
+        overheads = _beside(ring, overheads, shape, machine)
         break
     trial = run_trial(directory, words, (START_TOKENS, PREFILL_TOKENS), context_tokens=context_tokens)
     short, long = trial.timings
@@ -48,13 +48,12 @@ def rehearse(directory: Path, shape: Shape, machine: Machine, words: WishWords, 
     )
 
 
-def _streamed(directory: Path, words: WishWords, slots: int, context_tokens: int) -> Timing:
+def _streamed(directory: Path, words: WishWords, slots: int, context_tokens: int) -> Trial:
     """Try with every layer on disk."""
     budget: WishWords = {"cpu_memory": words.get("cpu_memory"), "max_memory": words.get("max_memory")}
-    trial = run_trial(
+    return run_trial(
         directory, {**budget, "device_map": "disk", "slots": slots}, (START_TOKENS,), context_tokens=context_tokens
     )
-    return trial.timings[0]
 
 
 def _alone(timing: Timing, shape: Shape, machine: Machine) -> Overheads:
@@ -71,13 +70,13 @@ def _alone(timing: Timing, shape: Shape, machine: Machine) -> Overheads:
     )
 
 
-def _beside(timing: Timing, slots: int, alone: Overheads, shape: Shape, machine: Machine) -> Overheads:
+def _beside(trial: Trial, alone: Overheads, shape: Shape, machine: Machine) -> Overheads:
     """Find what computing and reading keep of their speed beside each other: what makes the walk take as long."""
-    tiers: list[Tier] = ["disk"] * len(shape.layers_bytes)
+    timing = trial.timings[0]
 
     def walked(computing: float, reading: float) -> Pass:
         tried = replace(alone, computing_beside=computing, reading_beside=reading)
-        return walk(tiers, decode_costs(shape, machine, tried, 0), slots)
+        return walk(trial.tiers, decode_costs(shape, machine, tried, 0), trial.depth)
 
     def busy(reading: float, computing: float) -> float:
         result = walked(computing, reading)
