@@ -147,7 +147,6 @@ def test_layers_of_another_kind_are_proved_apart(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_streamed_decoding_equals_resident(
     tiny_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
     steps: list[int],
     depth: int,
     mode: Any,
@@ -155,16 +154,16 @@ def test_streamed_decoding_equals_resident(
 ) -> None:
     expected = decode(load(tiny_checkpoint, mode=mode, dtype=dtype))
     assert torch.isfinite(expected).all()
-    with streamed(tiny_checkpoint, monkeypatch, depth, mode=mode, dtype=dtype) as model:
+    with streamed(tiny_checkpoint, depth, mode=mode, dtype=dtype) as model:
         steps.clear()
         for _ in range(2):
             assert torch.equal(decode(model), expected)
         assert len(steps) == 2 * 5 * 3
 
 
-def test_an_interrupted_decode_step_leaves_right_tokens(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_decode_step_leaves_right_tokens(tiny_checkpoint: Path) -> None:
     expected = decode(load(tiny_checkpoint))
-    with streamed(tiny_checkpoint, monkeypatch, depth=2) as model:
+    with streamed(tiny_checkpoint, depth=2) as model:
         for position in range(3):
             layer = executor_of(model).layers[position]
             calls = iter(range(100))
