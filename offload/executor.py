@@ -22,6 +22,7 @@ from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_diffe
 from offload.errors import CheckpointError, UsageError
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, own_memory_bytes, trim_memory
+from offload.names import checkpoint_in_model
 from offload.placement import CODE_BYTES, Needs, Placement, activation_bytes, cache_bytes, layer_bytes, plan
 from offload.skeleton import assign, build_skeleton, read_config
 from offload.transfer import Slots, read_blob
@@ -85,6 +86,7 @@ def load(
     checkpoint = Checkpoint.open(directory)
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
+    checkpoint = checkpoint_in_model(checkpoint, model)
     element = torch.empty(0, dtype=model.dtype)
     names = _replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)

@@ -1,16 +1,19 @@
 """The weights of the model to be quantized, read a tensor at a time; the whole is never in memory."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 import torch
 import xxhash
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from offload.checkpoint import INDEX_NAME, TensorSpec, read_header, read_json
 from offload.command import Progress
 from offload.errors import CheckpointError, InputError
+from offload.experts import fused_names
+from offload.names import names_in_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,15 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class SourceWeights:
-    """The tensors of a directory of safetensors files, by name."""
+    """The tensors of a directory of safetensors files, by name.
+
+    stored_names: for names in a model (`placed`), those in the files, where they differ. unplaced: what is in the
+    files and not in the model.
+    """
 
     locations: dict[str, Location]
+    stored_names: dict[str, str] = field(default_factory=dict)
+    unplaced: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, directory: Path) -> "SourceWeights":
@@ -39,6 +48,37 @@ class SourceWeights:
                     raise CheckpointError(f"{path}: tensor {name!r} stands in {locations[name].path.name} as well")
                 locations[name] = Location(path, offset, spec)
         return cls(locations)
+
+    def placed(self, model: PreTrainedModel) -> "SourceWeights":
+        """Return the same tensors under the names they have in `model`, fused experts cut into those of each linear.
+
+        Raises CheckpointError if two tensors have one place.
+        """
+        names, fused = names_in_model(model, self.locations), fused_names(model)
+        locations: dict[str, Location] = {}
+        stored_names: dict[str, str] = {}
+        for name, location in self.locations.items():
+            place = names.get(name)
+            if place is None:
+                continue
+            if place in locations:
+                first = stored_names.get(place, place)
+                raise CheckpointError(f"{location.path}: tensors {first!r} and {name!r} are the same one, {place!r}")
+            if place in fused:
+                locations |= _slices(location, place.rpartition(".")[0], fused[place])
+                continue
+            locations[place] = location
+            if place != name:
+                stored_names[place] = name
+        return SourceWeights(locations, stored_names, tuple(name for name in self.locations if name not in names))
+
+    def stored(self, name: str) -> str:
+        """Return the name that a tensor in a model, or a packed part of it, has in the files of source and result."""
+        if name in self.locations:
+            return self.stored_names.get(name, name)
+        stem, _, part = name.rpartition(".")
+        weight = self.stored_names.get(f"{stem}.weight", f"{stem}.weight")
+        return f"{weight.removesuffix('.weight')}.{part}" if weight.endswith(".weight") else name
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +115,19 @@ class SourceWeights:
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             progress.advance()
         return digest.hexdigest()
+
+
+def _slices(location: Location, experts: str, parts: tuple[str, ...]) -> dict[str, Location]:
+    """Return where the linears of every expert lie in a fused tensor [E, rows of all parts, columns]."""
+    count, rows, columns = location.spec.shape
+    shape, nbytes = (rows // len(parts), columns), location.spec.nbytes // (count * len(parts))
+    names = (f"{experts}.{index}.{part}.weight" for index in range(count) for part in parts)
+    return {
+        name: replace(
+            location, spec=replace(location.spec, offset=location.spec.offset + i * nbytes, nbytes=nbytes, shape=shape)
+        )
+        for i, name in enumerate(names)
+    }
 
 
 def _shards(directory: Path) -> list[Path]:

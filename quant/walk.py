@@ -6,11 +6,14 @@ and run in the same way, which is why a resumed checkpoint equals an uninterrupt
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import read_header
@@ -22,6 +25,7 @@ from quant.layer import LayerInputs, linears
 from quant.source_weights import Location, SourceWeights
 
 _HELD_OUT_SHARE = 8
+_BATCH_SAMPLES = 4
 
 
 class Method(Protocol):
@@ -65,7 +69,7 @@ class Walk:
         last = [name for name in outer if self._comes_after(name, prefix)] or outer[-1:]  # no shard is empty
         first = [name for name in outer if name not in last]
         if self.writer.done(0) is None:
-            self.writer.write_shard(0, "", {name: self.source.read(name) for name in first}, {})
+            self._write(0, "", {name: self.source.read(name) for name in first}, {})
         done = [self.writer.done(index + 1) is not None for index in range(len(layers))]
         if any(done):
             say(f"resuming: {sum(done)} of {len(layers)} layers are done and verified")
@@ -86,7 +90,12 @@ class Walk:
             release(layers[index])
             progress.advance(note)
         if self.writer.done(len(layers) + 1) is None:
-            self.writer.write_shard(len(layers) + 1, "", {name: self.source.read(name) for name in last}, {})
+            self._write(len(layers) + 1, "", {name: self.source.read(name) for name in last}, {})
+
+    def _write(self, index: int, module: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
+        """Write a shard, its tensors under the names that the source has them under."""
+        stored = {self.source.stored(name): tensor for name, tensor in tensors.items()}
+        self.writer.write_shard(index, module, stored, report)
 
     def _comes_after(self, name: str, prefix: str) -> bool:
         """Whether an outer tensor is used after the layers: by the order in which the model registers its parts."""
@@ -117,7 +126,7 @@ class Walk:
             if inputs is not None:
                 record = self.writer.done(index + 1)
                 assert record is not None, "the record was there when the walk began"
-                restore(layer, name, self.writer.directory / record["file"], self.grid)
+                restore(layer, name, self.writer.directory / record["file"], self.grid, self.source.stored)
             return "already done"
         names = [key for key in linears(layer) if f"{name}.{key}" not in self.skip]
         packed, report = self._quantize(layer, name, names, inputs, dtypes)
@@ -125,7 +134,7 @@ class Walk:
         for key, weight in packed.items():
             del tensors[f"{name}.{key}.weight"]
             tensors |= {f"{name}.{key}.{part}": t for part, t in stored_tensors(weight).items()}
-        self.writer.write_shard(index + 1, name, tensors, report)
+        self._write(index + 1, name, tensors, report)
         return f"error {report['error']:.4f} (rtn {report['rtn_error']:.4f})" if "error" in report else ""
 
     def _quantize(
@@ -190,7 +199,8 @@ class WalkInputs:
 
     def following(self, layer: nn.Module, index: int, original_STD: Tensor | None) -> "WalkInputs":
         """Run `layer` and return the inputs of layer `index`, which comes after it, beside the unquantized model's."""
-        inputs = LayerInputs(self.at_layer.run(layer), self.arguments_by_layer[index], original_STD=original_STD)
+        arguments = self.arguments_by_layer[index]
+        inputs = LayerInputs(self.at_layer.run(layer), arguments, batch_samples(arguments), original_STD)
         return WalkInputs(inputs, self.arguments_by_layer)
 
 
@@ -218,7 +228,17 @@ def first_inputs(model: nn.Module, source: SourceWeights, windows: Tensor) -> Wa
     for key in around:
         assign(parent, key, torch.empty_like(parent.state_dict()[key], device="meta"))
     arguments = tuple(recorder.arguments for recorder in recorders)
-    return WalkInputs(LayerInputs(torch.cat(hidden), arguments[0]), arguments)
+    return WalkInputs(LayerInputs(torch.cat(hidden), arguments[0], batch_samples(arguments[0])), arguments)
+
+
+def batch_samples(arguments: dict[str, Any]) -> int:
+    """Return how many samples may go through a layer at once with the arguments of a call for one.
+
+    A tensor of several axes whose first is not 1 is not one for every sample, the biases of BLOOM's heads say: it would
+    have to be repeated, and how is not to be seen from here.
+    """
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return _BATCH_SAMPLES if all(tensor.dim() < 2 or len(tensor) == 1 for tensor in tensors) else 1
 
 
 class _Recorder(nn.Module):
@@ -266,12 +286,14 @@ def stored_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     return tensors if weight.zero is None else tensors | {"weight_zero_point": weight.zero}
 
 
-def restore(layer: nn.Module, name: str, path: Any, grid: Grid) -> None:
-    """Load a written shard into `layer`, dequantized to float32."""
+def restore(
+    layer: nn.Module, name: str, path: Path, grid: Grid, stored: Callable[[str], str] = lambda name: name
+) -> None:
+    """Load a written shard into `layer`, dequantized to float32. stored: maps a tensor's name to that in the file."""
     offset, specs = read_header(path)
     shard = SourceWeights({key: Location(path, offset, spec) for key, spec in specs.items()})
     for key in state_names(layer):
-        full = f"{name}.{key}"
+        full = stored(f"{name}.{key}")
         if full in specs:
             tensor = shard.read(full)
             assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)

@@ -1,0 +1,177 @@
+"""What a quantization run will do, decided from configuration and headers alone, before anything is read or written.
+
+What can be wrong is found here: shapes that no group size cuts, linears that cannot be quantized, tensors that have no
+place in the model.
+"""
+
+import argparse
+import fnmatch
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernels.packed import GROUP_SIZES, codes_per_word
+from offload.checkpoint import is_checkpoint
+from offload.command import format_bytes, say
+from offload.errors import InputError, UsageError
+from offload.skeleton import build_skeleton, decoder_layers, read_config
+from offload.source import model_name, resolve_model
+from quant.groupwise import Grid
+from quant.layer import linears
+from quant.source_weights import SourceWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, known before it does anything.
+
+    quantized, skipped: full names of the linears. expected_bytes: size of the checkpoint.
+    """
+
+    name: str
+    directory: Path
+    model: nn.Module
+    source: SourceWeights
+    quantized: tuple[str, ...]
+    skipped: tuple[str, ...]
+    grid: Grid
+    head_dim: int
+    hidden_size: int
+    vocabulary: int
+    context_tokens: int | None
+    expected_bytes: int
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Read configuration and headers only, and decide what will be quantized. Raises InputError or UsageError."""
+    directory = resolve_model(options.model)
+    if is_checkpoint(directory):
+        raise InputError(f"{directory}: already quantized; name the model it was made from")
+    config = read_config(directory)
+    model = build_skeleton(config, torch.float32)
+    source = SourceWeights.open(directory).placed(model)
+    _check_names(directory, model, source)
+    prefix, layers = decoder_layers(model)
+    inside = {f"{prefix}.{i}.{key}": linear for i, layer in enumerate(layers) for key, linear in linears(layer).items()}
+    outside = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and key not in inside]
+    if not inside:
+        raise InputError(f"{directory}: {type(model).__name__} has no plain nn.Linear in its layers to quantize")
+    skipped = sorted({key for glob in options.skip for key in _matching(glob, list(inside))})
+    quantized = {key: linear for key, linear in inside.items() if key not in skipped}
+    if not quantized:
+        raise UsageError("--skip leaves nothing to quantize")
+    group_size = _choose_group_size(options, quantized)
+    dtypes = {source.locations[f"{key}.weight"].spec.dtype for key in quantized}
+    scale_dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+    grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
+    text_config = config.get_text_config(decoder=True)
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return Plan(
+        name=model_name(options.model),
+        directory=directory,
+        model=model,
+        source=source,
+        quantized=tuple(quantized),
+        skipped=tuple(outside + skipped),
+        grid=grid,
+        head_dim=head_dim,
+        hidden_size=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
+        context_tokens=getattr(text_config, "max_position_embeddings", None),
+        expected_bytes=_expected_bytes(source, quantized, grid),
+    )
+
+
+def _choose_group_size(options: argparse.Namespace, quantized: dict[str, nn.Linear]) -> int | None:
+    """Return G, None for whole rows. Raises UsageError listing what fits if what was asked does not."""
+    asked, bits = options.group_size, options.bits
+    fitting = [str(size) for size in GROUP_SIZES if not _unfit(quantized, size, bits)]
+    if not _unfit(quantized, None, bits):
+        fitting.append("row")
+    if asked is None and len(fitting) > 1:
+        asked = fitting[-2]
+        if asked != str(GROUP_SIZES[-1]):
+            name, width = _unfit(quantized, GROUP_SIZES[-1], bits)[0]
+            say(f"group size {asked}: the largest that fits, as {name} has {width} inputs")
+    size = None if asked == "row" else int(asked or GROUP_SIZES[-1])
+    unfit = _unfit(quantized, size, bits)
+    if unfit:
+        some = ", ".join(f"{name} with {width} inputs" for name, width in unfit[:3])
+        fits = f"--group-size {' or '.join(fitting)} fits" if fitting else "no group size fits"
+        raise UsageError(
+            f"--group-size {size or 'row'}: does not divide {len(unfit)} linears ({some}, ...); {fits}, or use --skip"
+        )
+    return size
+
+
+def _unfit(quantized: dict[str, nn.Linear], group_size: int | None, bits: int) -> list[tuple[str, int]]:
+    grid, unfit = Grid(group_size, symmetric=True, bits=bits), []
+    for name, linear in quantized.items():
+        try:
+            grid.group(linear.in_features)
+        except ValueError:
+            unfit.append((name, linear.in_features))
+    return unfit
+
+
+def _check_names(directory: Path, model: nn.Module, source: SourceWeights) -> None:
+    """Demand a tensor of the right shape for every parameter, tied ones excepted, and no tensor without a place."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    buffers = dict(model.named_buffers())
+    ignored = [r"\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    unknown = sorted(
+        name for name in source.unplaced if name not in buffers and not any(re.search(p, name) for p in ignored)
+    )
+    if unknown:
+        raise InputError(
+            f"{directory}: {len(unknown)} tensors have no place in {type(model).__name__} ({', '.join(unknown[:3])}); "
+            "its weights are stored in a form this version does not convert"
+        )
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        location = source.locations.get(name)
+        if location is None and name not in tied:
+            raise InputError(
+                f"{directory}: tensor {name!r} is missing; the download is incomplete or of another version"
+            )
+        if location is not None and location.spec.shape != tuple(parameter.shape):
+            expected, found = list(parameter.shape), list(location.spec.shape)
+            raise InputError(f"{location.path}: tensor {name!r} is {found}, the configuration asks for {expected}")
+
+
+def _matching(glob: str, names: list[str]) -> list[str]:
+    matching = fnmatch.filter(names, glob)
+    if not matching:
+        raise UsageError(f"--skip {glob!r}: matches none of {len(names)} linears, such as {names[0]!r}")
+    return matching
+
+
+def _expected_bytes(source: SourceWeights, quantized: dict[str, nn.Linear], grid: Grid) -> int:
+    total, per_word = source.nbytes, codes_per_word(grid.bits)
+    for name, linear in quantized.items():
+        groups = linear.in_features // grid.group(linear.in_features)
+        scale_bytes = 2 * linear.out_features * groups
+        zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
+        packed_bytes = 4 * linear.out_features * linear.in_features // per_word
+        total += packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
+    return total
+
+
+def print_plan(plan: Plan, method: str, output: Path, windows: Tensor | None) -> None:
+    """Say what will be done, and what will not, to the person who waits. windows: int64 [S, T]."""
+    _, layers = decoder_layers(plan.model)
+    grid = plan.grid
+    kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
+    size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
+    loads = "transformers, vLLM" if grid.symmetric else "vLLM; transformers with dequantize=True"
+    say(f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}")
+    say(f"method   {method}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
+    if windows is not None:
+        hidden_bytes = windows.numel() * plan.hidden_size * 4
+        say(
+            f"data     {len(windows)} windows of {windows.shape[1]} tokens; "
+            f"their hidden states take {format_bytes(hidden_bytes)}"
+        )
+    say(f"output   {output}, about {format_bytes(plan.expected_bytes)}; loads here and in {loads}")
