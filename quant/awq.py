@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, range_parameters
-from quant.layer import LayerInputs, Moments, linears, moments
+from quant.layer import LayerInputs, Moments, moments
 from quant.scale_groups import ScaleGroup, find_scale_groups
 
 _SMALLEST = 1e-4
@@ -69,7 +69,7 @@ def scale_layer(
 
     Returns the moments of the inputs of all linears as they are after scaling, and each group's chosen candidate.
     """
-    seen = moments(layer, inputs, linears(layer))
+    seen = moments(layer, inputs, names)
     chosen = {}
     for group in find_scale_groups(layer, inputs, head_dim):
         if not set(group.linears) <= set(names):

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from quant.awq import AwqSettings, scale_layer, search_clip
-from quant.groupwise import Grid, Parameters, fake_quantize
-from quant.layer import LayerInputs, Moments, inputs_of
+from quant.groupwise import Grid, Parameters, fake_quantize, minmax
+from quant.layer import LayerInputs, Moments, UnreachedError, inputs_of
 from quant.scale_groups import sets_by_input
 
 _BLOCK_COLUMNS = 64
@@ -73,9 +73,14 @@ class Gptq:
         if settings.scale:
             _, report = scale_layer(layer, inputs, names, grid, head_dim, settings.search)
         original = copy.deepcopy(layer) if self.needs_original else None
-        found = {}
+        found: dict[str, Parameters] = {}
         for members in sets_by_input(layer, inputs, names):
-            gram, cross = observe(layer, original, inputs, members[0])
+            try:
+                gram, cross = observe(layer, original, inputs, members[0])
+            except UnreachedError:  # rounding what comes before has sent an expert's few tokens elsewhere
+                report[f"rounding of {', '.join(members)}"] = "to nearest, as no token was left"
+                found |= {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name in members}
+                continue
             hessian = Hessian.of(gram, settings.damping)
             if hessian.damping > settings.damping:
                 report[f"damping of {', '.join(members)}"] = hessian.damping
@@ -94,7 +99,7 @@ def observe(
     """Return E[x x^T] and E[x0 x^T], float64 [K, K], of the inputs x of a linear and x0 of the same in `original`.
 
     The second is None without `original`, and where the two do not see the same tokens, as behind a router. Raises
-    ValueError if no sample calls the linear, ArithmeticError if its inputs are not finite.
+    UnreachedError if no sample calls the linear, ArithmeticError if its inputs are not finite.
     """
     width = layer.get_parameter(f"{name}.weight").shape[1]
     gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
@@ -108,7 +113,7 @@ def observe(
         if paired:
             cross += x0_TK.T @ x_TK
     if not tokens:
-        raise ValueError(f"{name}: not called by any calibration sample")
+        raise UnreachedError(f"{name}: not called by any calibration sample")
     if not torch.isfinite(gram).all():
         raise ArithmeticError(f"{name}: its inputs are not finite")
     return gram / tokens, cross / tokens if paired else None

@@ -76,7 +76,7 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
 def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict[str, Moments]:
     """Run the layer on all samples and return the moments of the inputs of the named linears.
 
-    Linears that share an input share its moments. Raises ValueError naming a linear that was never called.
+    Linears that share an input share its moments. Raises UnreachedError naming a linear that was never called.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     counts: dict[str, int] = {}
@@ -98,9 +98,19 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
             owner.clear()
     missing = [name for name in names if name not in shared]
     if missing:
-        raise ValueError(f"{', '.join(missing)}: not called by any calibration sample")
+        raise UnreachedError(f"{', '.join(missing)}: not called by any calibration sample")
     means = {name: Moments(g / counts[name], m / counts[name]) for name, (g, m) in sums.items()}
     return {name: means[shared[name]] for name in names}
+
+
+def unreached(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> list[str]:
+    """Return which of the named linears no sample comes to; runs no more samples than it takes to see the others."""
+    missing = dict.fromkeys(names)
+    with observed_inputs(layer, tuple(missing), lambda name, x: missing.pop(name, None)):
+        for _ in inputs.outputs(layer):
+            if not missing:
+                break
+    return list(missing)
 
 
 def inputs_of(layer: nn.Module, inputs: LayerInputs, name: str) -> Iterator[Tensor]:
@@ -123,6 +133,10 @@ def inputs_of(layer: nn.Module, inputs: LayerInputs, name: str) -> Iterator[Tens
             yield x
 
 
+class UnreachedError(ValueError):
+    """No sample comes to a linear, an expert's say, so nothing is known of its inputs."""
+
+
 class _Reached(BaseException):
     """Leaves a layer's forward with the input that was waited for."""
 
@@ -132,11 +146,14 @@ class _Reached(BaseException):
 
 
 @contextmanager
-def observed_inputs(layer: nn.Module, names: Iterable[str], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observed_inputs(layer: nn.Module, names: Iterable[str], observe: Callable[[str, Tensor], object]) -> Iterator[None]:
     """Call `observe(name, x)` with the input of each named submodule while the context lasts."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, arguments: observe(name, arguments[0])
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            observe(name, arguments[0])
+
+        return before
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:

@@ -172,6 +172,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "checkpoint_bytes": checkpoint.nbytes,
         "layers": len(checkpoint.blobs) - 2,
         "layers_fallen_back": fallbacks,
+        "linears_without_tokens": sum(len(report.get("unreached", ())) for report in reports),
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
         "seconds": round(seconds, 1),

@@ -21,7 +21,7 @@ from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
 from offload.skeleton import assign, decoder_layers
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
-from quant.layer import LayerInputs, linears
+from quant.layer import LayerInputs, linears, unreached
 from quant.source_weights import Location, SourceWeights
 
 _HELD_OUT_SHARE = 8
@@ -158,10 +158,19 @@ class Walk:
         rtn_error = relative_error(held_out, layer, reference)
         for key, tensor in before.items():
             assign(layer, key, tensor.clone())
-        found, chosen = self.method.quantize_layer(layer, fit, names, self.grid, self.head_dim)
+        blind = unreached(layer, fit, names)
+        seen = [key for key in names if key not in blind]
+        found, chosen = self.method.quantize_layer(layer, fit, seen, self.grid, self.head_dim)
+        found |= {key: minmax(layer.get_parameter(f"{key}.weight").data, self.grid) for key in blind}
         packed = self._pack(layer, found, dtypes)
         error = relative_error(held_out, layer, reference)
         report = {"error": error, "rtn_error": rtn_error, "fallback": False, "chosen": chosen}
+        if blind:
+            say(
+                f"{name}: no calibration token reaches {len(blind)} of {len(names)} linears ({blind[0]}, ...): "
+                "these are rounded to nearest; more calibration text may reach them"
+            )
+            report["unreached"] = blind
         if not error <= rtn_error:
             say(
                 f"{name}: {self.method.name} error {error:.4f}, "

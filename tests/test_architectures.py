@@ -1,26 +1,30 @@
 """Families of transformers, from tiny random weights all the way: quantized, stored, streamed, computing the same."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
+from offload.errors import CheckpointError
 from offload.executor import executor_of, load
 from offload.names import names_in_model
 from offload.placement import Placement, plan
 from offload.skeleton import build_skeleton, read_config
 from quant import awq, gptq, rtn
+from quant.layer import UnreachedError
+from quant.source_weights import SourceWeights
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3, 12, 250, 64, 7, 7, 18]])
-SHORT = ["--num-samples", "6", "--seq-len", "32"]
 METHODS = {"rtn": rtn.main, "awq": awq.main, "gptq": gptq.main}
 SHARED: dict[str, Any] = {
     "vocab_size": 264,
@@ -120,8 +124,9 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(TOKENS).logits
 
 
-def quantize(method: str, model: Path, text: Path, output: Path) -> Checkpoint:
-    flags = [] if method == "rtn" else ["--calibration", str(text), *SHORT]
+def quantize(method: str, model: Path, text: Path, output: Path, samples: int = 6) -> Checkpoint:
+    windows = ["--num-samples", str(samples), "--seq-len", "32"]
+    flags = [] if method == "rtn" else ["--calibration", str(text), *windows]
     assert METHODS[method](["--model", str(model), "--output", str(output), "--group-size", "32", *flags]) == 0
     return Checkpoint.open(output)
 
@@ -156,3 +161,113 @@ def test_a_family_goes_all_the_way(
     for _ in range(2):
         assert torch.equal(logits(streamed), resident)
     executor_of(streamed).close()
+
+
+def restored(model: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Store a model's tensors again, changed."""
+    tensors = change(load_file(model / "model.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, model / "model.safetensors")
+    return model
+
+
+def as_transformers_names_them(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the hub's tensors of a Mixtral, and fuse its experts."""
+    fused = {}
+    for layer in range(2):
+        experts = f"model.layers.{layer}.block_sparse_moe.experts"
+        gate, down, up = (torch.stack([tensors.pop(f"{experts}.{e}.w{i}.weight") for e in range(4)]) for i in (1, 2, 3))
+        fused[f"{experts}.gate_up_proj"], fused[f"{experts}.down_proj"] = torch.cat((gate, up), 1), down
+    return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in (tensors | fused).items()}
+
+
+def test_experts_stored_fused_give_the_same_as_stored_apart(tiny_model: Path, tmp_path: Path) -> None:
+    apart, fused = (make_model("Mixtral", tiny_model, tmp_path / name) for name in ("apart", "fused"))
+    shutil.copy(apart / "model.safetensors", fused / "model.safetensors")
+    restored(fused, as_transformers_names_them)
+    results = [quantize("rtn", model, tmp_path, tmp_path / f"{model.name}-out") for model in (apart, fused)]
+    names = [{name for blob in result.blobs for name in blob.tensors} for result in results]
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight_packed" in names[0]
+    assert "model.layers.1.mlp.experts.3.down_proj.weight_packed" in names[1]
+    assert "model.layers.1.mlp.gate.weight" in names[1]
+    first, second = (logits(load(result.directory)) for result in results)
+    assert torch.equal(first, second)
+
+
+def test_a_model_stored_without_its_prefix(tiny_model: Path, tmp_path: Path) -> None:
+    """As BLOOM is on the hub: saved from the model without its head."""
+    whole, bare = (make_model("Bloom", tiny_model, tmp_path / name) for name in ("whole", "bare"))
+    shutil.copy(whole / "model.safetensors", bare / "model.safetensors")
+    restored(bare, lambda tensors: {n.removeprefix("transformer."): t for n, t in tensors.items()})
+    first, second = (quantize("rtn", model, tmp_path, tmp_path / f"{model.name}-out") for model in (whole, bare))
+    assert {name.removeprefix("transformer.") for blob in first.blobs for name in blob.tensors} == {
+        name for blob in second.blobs for name in blob.tensors
+    }
+    assert torch.equal(logits(load(first.directory)), logits(load(second.directory)))
+
+
+def test_two_tensors_for_one_place_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = make_model("Bloom", tiny_model, tmp_path / "model")
+    restored(model, lambda tensors: {**tensors, "ln_f.bias": tensors["transformer.ln_f.bias"].clone()})
+    message = "tensors '.*ln_f.bias' and '.*ln_f.bias' are the same one, 'transformer.ln_f.bias'"
+    with pytest.raises(CheckpointError, match=message):
+        SourceWeights.open(model).placed(build_skeleton(read_config(model), torch.float32))
+
+
+def leave_expert_3_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rewrite the routers: the first two experts' scores are opposite, the last one's is zero, below the larger."""
+    for name, tensor in tensors.items():
+        if name.endswith("block_sparse_moe.gate.weight"):
+            tensor[1], tensor[3] = -tensor[0], 0
+    return tensors
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_said_to_be(
+    method: str,
+    tiny_model: Path,
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(FAMILIES, "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1})
+    model = restored(make_model("Mixtral", tiny_model, tmp_path / "model"), leave_expert_3_alone)
+    nearest = quantize("rtn", model, calibration_text, tmp_path / "nearest")
+    checkpoint = quantize(method, model, calibration_text, tmp_path / "out", samples=48)
+    said = capsys.readouterr().err
+    for index in range(2):
+        layer = f"model.layers.{index}"
+        unreached = [f"mlp.experts.3.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        assert set(unreached) <= set(checkpoint.layer_errors[layer]["unreached"])
+        assert f"{layer}: no calibration token reaches {len(checkpoint.layer_errors[layer]['unreached'])} of 16" in said
+        tensors, rounded = (load_file(result.blobs[index + 1].path) for result in (checkpoint, nearest))
+        for part in ("w1", "w2", "w3"):
+            name = f"{layer}.block_sparse_moe.experts.3.{part}.weight_packed"
+            assert torch.equal(tensors[name], rounded[name])
+        assert not checkpoint.layer_errors[layer]["fallback"]
+
+
+def test_an_expert_that_loses_its_tokens_on_the_way_is_rounded_to_nearest(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observe = gptq.observe
+
+    def losing(layer: Any, original: Any, inputs: Any, name: str) -> Any:
+        if name == "mlp.experts.1.down_proj":
+            raise UnreachedError(name)
+        return observe(layer, original, inputs, name)
+
+    monkeypatch.setattr("quant.gptq.observe", losing)
+    model = make_model("Mixtral", tiny_model, tmp_path / "model")
+    checkpoint = quantize("gptq", model, calibration_text, tmp_path / "out")
+    chosen = checkpoint.layer_errors["model.layers.0"]["chosen"]
+    assert chosen["rounding of mlp.experts.1.down_proj"] == "to nearest, as no token was left"
+    assert torch.isfinite(logits(load(checkpoint.directory))).all()
+
+
+def test_the_result_counts_linears_without_tokens(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), "--calibration", str(calibration_text)]
+    assert awq.main([*arguments, "--num-samples", "4", "--seq-len", "32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["linears_without_tokens"] == 0
