@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.hidden_states import HiddenStates
+
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
     """What a decoder layer is called with: hidden states of all samples, and arguments that all samples share.
 
-    hidden_STD: float32 [S, T, D]. arguments: keyword arguments of the layer's forward, for a batch of one.
-    batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any layer is
-    quantized, for methods that ask for it.
+    hidden_STD: float32 [S, T, D], in memory or not. arguments: keyword arguments of the layer's forward, for a batch
+    of one. batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any
+    layer is quantized, for methods that ask for it.
     """
 
-    hidden_STD: Tensor
+    hidden_STD: HiddenStates
     arguments: dict[str, Any]
     batch_samples: int = 4
-    original_STD: Tensor | None = None
+    original_STD: HiddenStates | None = None
 
     def select(self, samples: slice) -> "LayerInputs":
         """Return the same inputs for some of the samples; a view."""

@@ -15,6 +15,8 @@ from offload.errors import CheckpointError, InputError
 from offload.experts import fused_names
 from offload.names import names_in_model
 
+_PIECE_BYTES = 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -90,31 +92,40 @@ class SourceWeights:
         location = self.locations.get(name)
         if location is None:
             raise CheckpointError(f"tensor {name!r} is missing from the model; it names {len(self.locations)} others")
-        buffer = bytearray(location.spec.nbytes)
-        with location.path.open("rb", buffering=0) as file:
-            file.seek(location.payload_offset + location.spec.offset)
-            if file.readinto(buffer) != len(buffer):
-                raise CheckpointError(f"{location.path}: ends inside tensor {name!r}; it was truncated while in use")
-        if not buffer:
-            return torch.empty(location.spec.shape, dtype=location.spec.dtype)
-        return torch.frombuffer(buffer, dtype=location.spec.dtype).view(location.spec.shape)
+        return _read(name, location, 0, location.spec.nbytes).view(location.spec.shape)
 
     def fingerprint(self) -> str:
         """Read everything once: return the xxh3 of names and bytes. Raises InputError on a non-finite tensor."""
         digest = xxhash.xxh3_64()
         progress = Progress("checking the source, tensor", len(self.locations))
         for name in sorted(self.locations):
-            tensor = self.read(name)
-            bad = 0 if not tensor.is_floating_point() else int((~torch.isfinite(tensor)).sum())
+            location = self.locations[name]
+            digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}".encode())
+            bad = 0
+            for start in range(0, location.spec.nbytes, _PIECE_BYTES):
+                piece = _read(name, location, start, min(_PIECE_BYTES, location.spec.nbytes - start))
+                bad += 0 if not piece.is_floating_point() else int((~torch.isfinite(piece)).sum())
+                digest.update(piece.view(torch.uint8).numpy().data)
             if bad:
-                path = self.locations[name].path
                 raise InputError(
-                    f"{path}: tensor {name!r} holds {bad} NaN or infinite values; download the model again"
+                    f"{location.path}: tensor {name!r} holds {bad} NaN or infinite values; download the model again"
                 )
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             progress.advance()
         return digest.hexdigest()
+
+
+def _read(name: str, location: Location, start: int, nbytes: int) -> Tensor:
+    """Read some bytes of a tensor, flat, in the dtype of the file. Raises CheckpointError if the file was cut."""
+    values = torch.empty(nbytes // location.spec.dtype.itemsize, dtype=location.spec.dtype)
+    with location.path.open("rb", buffering=0) as file:
+        file.seek(location.payload_offset + location.spec.offset + start)
+        view = values.view(torch.uint8).numpy().data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{location.path}: ends inside tensor {name!r}; it was truncated while in use")
+            view = view[count:]
+    return values
 
 
 def _slices(location: Location, experts: str, parts: tuple[str, ...]) -> dict[str, Location]:

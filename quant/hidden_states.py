@@ -1,0 +1,98 @@
+"""Hidden states of all calibration samples, in memory or in a file.
+
+Axes: S samples, T tokens, D hidden.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from offload.errors import ResourceError
+
+
+@dataclass(frozen=True, slots=True)
+class Spilled:
+    """Float32 [samples, tokens, hidden] in a file: it has a length, slices and `split`, as a tensor has.
+
+    The file has no name, so nothing of it is left, whatever ends the process. first: the sample in the file that is the
+    first here.
+    """
+
+    file: IO[bytes]
+    samples: int
+    tokens: int
+    hidden: int
+    first: int = 0
+
+    @classmethod
+    def create(cls, directory: Path, samples: int, tokens: int, hidden: int) -> "Spilled":
+        """Take the space on the disk of `directory`. Raises ResourceError if it is not there."""
+        nbytes = 4 * samples * tokens * hidden
+        try:
+            file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - it lives as long as what it holds
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            raise ResourceError(
+                f"{directory}: {nbytes} bytes for hidden states cannot be had on that disk ({error.strerror})"
+            ) from None
+        return cls(file, samples, tokens, hidden)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, part: slice) -> "Spilled":
+        start, stop, _ = part.indices(self.samples)
+        return replace(self, first=self.first + start, samples=max(0, stop - start))
+
+    def split(self, samples: int) -> Iterator[Tensor]:
+        """Yield float32 [at most `samples`, T, D], read one after the other."""
+        for start in range(0, self.samples, samples):
+            batch_BTD = torch.empty(min(samples, self.samples - start), self.tokens, self.hidden)
+            view = batch_BTD.numpy().data.cast("B")
+            offset = self._offset(start)
+            while view:
+                count = os.preadv(self.file.fileno(), [view], offset)
+                view, offset = view[count:], offset + count
+            yield batch_BTD
+
+    def write(self, start: int, batch_BTD: Tensor) -> None:
+        """Overwrite the samples from `start` on."""
+        view, offset = batch_BTD.contiguous().numpy().data.cast("B"), self._offset(start)
+        while view:
+            count = os.pwrite(self.file.fileno(), view, offset)
+            view, offset = view[count:], offset + count
+
+    def _offset(self, sample: int) -> int:
+        return 4 * (self.first + sample) * self.tokens * self.hidden
+
+
+HiddenStates = Tensor | Spilled
+
+
+def new_states(samples: int, like: Tensor, directory: Path | None) -> HiddenStates:
+    """Return room for hidden states of as many samples, float32 [S, T, D], as `like` [1, T, D] is those of one.
+
+    They lie in a file in `directory`, in memory without one.
+    """
+    _, tokens, hidden = like.shape
+    if directory is None:
+        return torch.empty(samples, tokens, hidden)
+    return Spilled.create(directory, samples, tokens, hidden)
+
+
+def fill(states: HiddenStates, batches: Iterable[Tensor]) -> HiddenStates:
+    """Put batches [B, T, D] into `states` one after the other and return it."""
+    start = 0
+    for batch_BTD in batches:
+        if isinstance(states, Tensor):
+            states[start : start + len(batch_BTD)] = batch_BTD
+        else:
+            states.write(start, batch_BTD)
+        start += len(batch_BTD)
+    return states
