@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.awq import AwqSettings, scale_layer, search_clip
+from quant.awq import Awq, AwqSettings, scale_layer, search_clip
+from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax
 from quant.layer import LayerInputs, Moments, UnreachedError, inputs_of
 from quant.scale_groups import sets_by_input
@@ -60,6 +61,17 @@ class Gptq:
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result."""
         return asdict(self.settings)
+
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        """Return what a layer whose linears have these shapes will take: AWQ's, and float64 matrices."""
+        assert windows is not None, "it needs inputs"
+        scaling = Awq(self.settings.search).cost(shapes, grid, windows)
+        largest = max(8 * (10 * k * k + 10 * n * k) for n, k in shapes)
+        weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
+        passes = 2.0 * weights * tokens * (6 if self.needs_original else 3)
+        rounding = sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
+        operations = passes + rounding + (scaling.operations if self.settings.scale else 0)
+        return Cost(max(scaling.memory_bytes, largest), operations)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int

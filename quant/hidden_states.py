@@ -8,40 +8,48 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
+from offload.command import format_bytes
 from offload.errors import ResourceError
+
+
+class NamelessFile:
+    """A file without a name in `directory`, `nbytes` long: nothing of it is left, whatever ends the process.
+
+    Raises ResourceError if the disk has no room for it.
+    """
+
+    def __init__(self, directory: Path, nbytes: int) -> None:
+        self.descriptor = -1
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                self.descriptor = os.dup(file.fileno())
+            os.posix_fallocate(self.descriptor, 0, nbytes)
+        except OSError as error:
+            raise ResourceError(
+                f"{directory}: {format_bytes(nbytes)} for hidden states cannot be had on that disk ({error.strerror})"
+            ) from None
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
     """Float32 [samples, tokens, hidden] in a file: it has a length, slices and `split`, as a tensor has.
 
-    The file has no name, so nothing of it is left, whatever ends the process. first: the sample in the file that is the
-    first here.
+    first: the sample in the file that is the first here.
     """
 
-    file: IO[bytes]
+    file: NamelessFile
     samples: int
     tokens: int
     hidden: int
     first: int = 0
-
-    @classmethod
-    def create(cls, directory: Path, samples: int, tokens: int, hidden: int) -> "Spilled":
-        """Take the space on the disk of `directory`. Raises ResourceError if it is not there."""
-        nbytes = 4 * samples * tokens * hidden
-        try:
-            file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - it lives as long as what it holds
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        except OSError as error:
-            raise ResourceError(
-                f"{directory}: {nbytes} bytes for hidden states cannot be had on that disk ({error.strerror})"
-            ) from None
-        return cls(file, samples, tokens, hidden)
 
     def __len__(self) -> int:
         return self.samples
@@ -57,7 +65,7 @@ class Spilled:
             view = batch_BTD.numpy().data.cast("B")
             offset = self._offset(start)
             while view:
-                count = os.preadv(self.file.fileno(), [view], offset)
+                count = os.preadv(self.file.descriptor, [view], offset)
                 view, offset = view[count:], offset + count
             yield batch_BTD
 
@@ -65,7 +73,7 @@ class Spilled:
         """Overwrite the samples from `start` on."""
         view, offset = batch_BTD.contiguous().numpy().data.cast("B"), self._offset(start)
         while view:
-            count = os.pwrite(self.file.fileno(), view, offset)
+            count = os.pwrite(self.file.descriptor, view, offset)
             view, offset = view[count:], offset + count
 
     def _offset(self, sample: int) -> int:
@@ -83,7 +91,7 @@ def new_states(samples: int, like: Tensor, directory: Path | None) -> HiddenStat
     _, tokens, hidden = like.shape
     if directory is None:
         return torch.empty(samples, tokens, hidden)
-    return Spilled.create(directory, samples, tokens, hidden)
+    return Spilled(NamelessFile(directory, 4 * samples * tokens * hidden), samples, tokens, hidden)
 
 
 def fill(states: HiddenStates, batches: Iterable[Tensor]) -> HiddenStates:

@@ -91,8 +91,12 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
         if first != name:
             return
         x_TK = x.flatten(0, -2)
-        gram, magnitude = sums.get(name, (torch.zeros(()), torch.zeros(())))
-        sums[name] = (gram + x_TK.T @ x_TK, magnitude + x_TK.abs().sum(0))
+        if name in sums:
+            gram, magnitude = sums[name]
+            gram += x_TK.T @ x_TK
+            magnitude += x_TK.abs().sum(0)
+        else:
+            sums[name] = (x_TK.T @ x_TK, x_TK.abs().sum(0))
         counts[name] = counts.get(name, 0) + len(x_TK)
 
     with observed_inputs(layer, names, observe):
@@ -101,7 +105,7 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
     missing = [name for name in names if name not in shared]
     if missing:
         raise UnreachedError(f"{', '.join(missing)}: not called by any calibration sample")
-    means = {name: Moments(g / counts[name], m / counts[name]) for name, (g, m) in sums.items()}
+    means = {name: Moments(g.div_(counts[name]), m.div_(counts[name])) for name, (g, m) in sums.items()}
     return {name: means[shared[name]] for name in names}
 
 

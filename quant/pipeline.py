@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ import offload
 from kernels.packed import BITS
 from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, read_json
 from offload.checkpoint_writer import open_writer
-from offload.command import Parser, format_bytes, format_seconds, run, say
+from offload.command import Parser, format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
+from offload.memory import give_memory_back_at_once, peak_memory_bytes
 from offload.skeleton import decoder_layers
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
+from quant.cost import Windows
 from quant.model_card import model_card
-from quant.plan import Plan, make_plan, print_plan
+from quant.plan import Plan, make_plan
+from quant.preflight import Footprint, describe, footprint
 from quant.walk import Method, Walk
+
+_TEXT_BYTES = 64 << 20
+"""A tokenizer and the text, where they are not loaded yet: 50 MiB for the embedded ones."""
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
@@ -67,6 +74,8 @@ def _parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="chooses the calibration windows")
     add("--overwrite", action="store_true", help="replace a checkpoint this toolkit wrote")
     add("--json", action="store_true", help="print one JSON object about the result on stdout")
+    add("--cpu-memory", metavar="SIZE", help="budget for the whole process, such as 8GiB; default: no limit")
+    add("--plan", action="store_true", help="say what would be done and what it takes, and stop; reads no weights")
     if needs_inputs:
         add("--calibration", metavar="FILE|DATASET", help="text; default: half of the topics of pydoc_data")
         add("--num-samples", type=_positive, default=64, help="windows of calibration text")
@@ -85,18 +94,28 @@ def _positive(text: str) -> int:
 def quantize(method: Method, options: argparse.Namespace) -> None:
     """Plan, calibrate, write and report. Raises ToolkitError for whatever the user can mend."""
     started = time.monotonic()
+    budget_bytes = None if options.cpu_memory is None else parse_bytes(options.cpu_memory, "--cpu-memory")
+    if budget_bytes is not None:
+        give_memory_back_at_once()
     plan = make_plan(options)
     name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
     output: Path = options.output or Path("checkpoints") / name
-    _check_output(output, plan)
+    amount = Windows(options.num_samples, options.seq_len) if method.needs_inputs else None
+    if options.plan:
+        needed = footprint(plan, method, amount)
+        needed = replace(needed, runtime_bytes=needed.runtime_bytes + (_TEXT_BYTES if amount else 0))
+        print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
+        return
     windows, calibration = _calibration(method, options, plan)
-    print_plan(plan, method.name, output, windows)
+    needed = footprint(plan, method, amount).within(budget_bytes)
+    _check_output(output, plan, needed)
+    say(describe(plan, method.name, output, amount, needed))
     recipe = Recipe(
         method=method.name,
         bits=plan.grid.bits,
         group_size=plan.grid.group_size,
         symmetric=plan.grid.symmetric,
-        ignore=plan.skipped,
+        ignore=_ignored(plan),
         source=options.model,
         source_xxh3=plan.source.fingerprint(),
         seed=options.seed,
@@ -109,23 +128,31 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         if writer.complete:
             say(f"{output}: already complete")
         else:
-            Walk(plan.model, plan.source, writer, method, plan.grid, frozenset(plan.skipped), plan.head_dim).run(
-                windows
-            )
+            spill_to = output if needed.spilled else None
+            skip = frozenset(plan.skipped)
+            Walk(plan.model, plan.source, writer, method, plan.grid, skip, plan.head_dim, spill_to).run(windows)
             card = model_card(plan.name, output.name, recipe, plan.source.nbytes, plan.expected_bytes)
             writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
     _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
 
 
-def _check_output(output: Path, plan: Plan) -> None:
+def _ignored(plan: Plan) -> tuple[str, ...]:
+    """Return the modules that stay as they are, under the model's names and, where those differ, the stored ones."""
+    stored = (plan.source.stored(f"{name}.weight").removesuffix(".weight") for name in plan.skipped)
+    return tuple(dict.fromkeys((*plan.skipped, *stored)))
+
+
+def _check_output(output: Path, plan: Plan, needed: Footprint) -> None:
     if output.resolve().is_relative_to(plan.directory.resolve()):
         raise UsageError(f"--output {output}: lies inside the model it is made from")
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     written = sum(path.stat().st_size for path in output.glob("model-*.safetensors")) if output.is_dir() else 0
-    if plan.expected_bytes - written > free_bytes:
-        needed = format_bytes(plan.expected_bytes - written)
-        raise ResourceError(f"--output {output}: {needed} needed, {format_bytes(free_bytes)} free on that disk")
+    missing_bytes = needed.disk_bytes - written
+    if missing_bytes > free_bytes:
+        raise ResourceError(
+            f"--output {output}: {format_bytes(missing_bytes)} needed, {format_bytes(free_bytes)} free on that disk"
+        )
 
 
 def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tuple[Tensor | None, dict[str, Any]]:
@@ -176,6 +203,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
         "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
     if as_json:
         print(json.dumps(result))

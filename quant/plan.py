@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
 from kernels.packed import GROUP_SIZES, codes_per_word
 from offload.checkpoint import is_checkpoint
@@ -28,20 +29,27 @@ from quant.source_weights import SourceWeights
 class Plan:
     """What a run will do, known before it does anything.
 
-    quantized, skipped: full names of the linears. expected_bytes: size of the checkpoint.
+    quantized, skipped: full names of the linears. others: weights of the layers that belong to no linear, in words.
+    heads, eager: of attention, and whether it holds the scores of all pairs of tokens. layers_bytes: size of every
+    decoder layer in the checkpoint, expected_bytes: of all of it.
     """
 
     name: str
     directory: Path
-    model: nn.Module
+    model: PreTrainedModel
     source: SourceWeights
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
+    others: tuple[str, ...]
     grid: Grid
     head_dim: int
     hidden_size: int
     vocabulary: int
     context_tokens: int | None
+    heads: int
+    eager: bool
+    experts_per_token: int
+    layers_bytes: tuple[int, ...]
     expected_bytes: int
 
 
@@ -69,6 +77,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
     text_config = config.get_text_config(decoder=True)
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    growth = {name: _growth_bytes(source, name, linear, grid) for name, linear in quantized.items()}
+    layers_bytes = tuple(_stored_bytes(source, growth, f"{prefix}.{index}.") for index in range(len(layers)))
     return Plan(
         name=model_name(options.model),
         directory=directory,
@@ -76,12 +86,17 @@ def make_plan(options: argparse.Namespace) -> Plan:
         source=source,
         quantized=tuple(quantized),
         skipped=tuple(outside + skipped),
+        others=_others(source, prefix, set(inside)),
         grid=grid,
         head_dim=head_dim,
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
-        expected_bytes=_expected_bytes(source, quantized, grid),
+        heads=text_config.num_attention_heads,
+        eager=config._attn_implementation == "eager",
+        experts_per_token=getattr(text_config, "num_experts_per_tok", None) or 1 << 30,
+        layers_bytes=layers_bytes,
+        expected_bytes=_stored_bytes(source, growth, ""),
     )
 
 
@@ -117,7 +132,7 @@ def _unfit(quantized: dict[str, nn.Linear], group_size: int | None, bits: int) -
     return unfit
 
 
-def _check_names(directory: Path, model: nn.Module, source: SourceWeights) -> None:
+def _check_names(directory: Path, model: PreTrainedModel, source: SourceWeights) -> None:
     """Demand a tensor of the right shape for every parameter, tied ones excepted, and no tensor without a place."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     buffers = dict(model.named_buffers())
@@ -148,30 +163,27 @@ def _matching(glob: str, names: list[str]) -> list[str]:
     return matching
 
 
-def _expected_bytes(source: SourceWeights, quantized: dict[str, nn.Linear], grid: Grid) -> int:
-    total, per_word = source.nbytes, codes_per_word(grid.bits)
-    for name, linear in quantized.items():
-        groups = linear.in_features // grid.group(linear.in_features)
-        scale_bytes = 2 * linear.out_features * groups
-        zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
-        packed_bytes = 4 * linear.out_features * linear.in_features // per_word
-        total += packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
-    return total
+def _growth_bytes(source: SourceWeights, name: str, linear: nn.Linear, grid: Grid) -> int:
+    """Return by how many bytes a linear grows when it is packed; below zero, as a rule."""
+    per_word, groups = codes_per_word(grid.bits), linear.in_features // grid.group(linear.in_features)
+    scale_bytes = 2 * linear.out_features * groups
+    zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
+    packed_bytes = 4 * linear.out_features * linear.in_features // per_word
+    return packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
 
 
-def print_plan(plan: Plan, method: str, output: Path, windows: Tensor | None) -> None:
-    """Say what will be done, and what will not, to the person who waits. windows: int64 [S, T]."""
-    _, layers = decoder_layers(plan.model)
-    grid = plan.grid
-    kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
-    size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
-    loads = "transformers, vLLM" if grid.symmetric else "vLLM; transformers with dequantize=True"
-    say(f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}")
-    say(f"method   {method}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
-    if windows is not None:
-        hidden_bytes = windows.numel() * plan.hidden_size * 4
-        say(
-            f"data     {len(windows)} windows of {windows.shape[1]} tokens; "
-            f"their hidden states take {format_bytes(hidden_bytes)}"
-        )
-    say(f"output   {output}, about {format_bytes(plan.expected_bytes)}; loads here and in {loads}")
+def _stored_bytes(source: SourceWeights, growth: dict[str, int], prefix: str) -> int:
+    """Return the bytes in the checkpoint of everything whose name begins with `prefix`."""
+    before = sum(place.spec.nbytes for name, place in source.locations.items() if name.startswith(prefix))
+    return before + sum(more for name, more in growth.items() if name.startswith(prefix))
+
+
+def _others(source: SourceWeights, prefix: str, linears_inside: set[str]) -> tuple[str, ...]:
+    """Describe the matrices of the layers that are no linears' weights: routers, experts that stayed fused."""
+    found: dict[str, list[int]] = {}
+    for name, place in source.locations.items():
+        if not name.startswith(f"{prefix}.") or name.rpartition(".")[0] in linears_inside or len(place.spec.shape) < 2:
+            continue
+        _, _, within = name.removeprefix(f"{prefix}.").partition(".")
+        found.setdefault(within, []).append(place.spec.nbytes)
+    return tuple(f"{name} of {len(sizes)} layers, {format_bytes(sum(sizes))}" for name, sizes in sorted(found.items()))

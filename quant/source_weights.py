@@ -15,7 +15,7 @@ from offload.errors import CheckpointError, InputError
 from offload.experts import fused_names
 from offload.names import names_in_model
 
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)

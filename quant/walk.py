@@ -18,6 +18,7 @@ from offload.checkpoint import read_header
 from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
 from offload.skeleton import assign, decoder_layers
+from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
 from quant.layer import LayerInputs, linears, unreached
 from quant.source_weights import Location, SourceWeights
@@ -38,6 +39,9 @@ class Method(Protocol):
 
     def settings_json(self) -> dict[str, Any]:
         """Return the method's own settings, as plain JSON values, for the recipe."""
+
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        """Return what a layer whose linears have these shapes will take."""
 
     def quantize_layer(
         self, layer: nn.Module, inputs: Any, names: list[str], grid: Grid, head_dim: int

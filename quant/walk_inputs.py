@@ -18,7 +18,7 @@ from quant.hidden_states import HiddenStates, fill, new_states
 from quant.layer import LayerInputs
 from quant.source_weights import SourceWeights
 
-_BATCH_SAMPLES = 4
+BATCH_SAMPLES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def batch_samples(arguments: dict[str, Any]) -> int:
     have to be repeated, and how is not to be seen from here.
     """
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return _BATCH_SAMPLES if all(tensor.dim() < 2 or len(tensor) == 1 for tensor in tensors) else 1
+    return BATCH_SAMPLES if all(tensor.dim() < 2 or len(tensor) == 1 for tensor in tensors) else 1
 
 
 class _Recorder(nn.Module):

@@ -340,8 +340,8 @@ def test_the_plan_and_the_result_of_a_run(
     for line in (
         "model    tiny, LlamaForCausalLM, 3 layers, ",
         "method   awq, int4 symmetric, groups of 64; 21 linears, left alone: 1",
-        "data     4 windows of 32 tokens; their hidden states take 32.0 KiB",
-        "loads here and in transformers, vLLM",
+        "data     4 windows of 32 tokens; their hidden states take 32.0 KiB, in memory",
+        "of memory on (context of 2048 tokens), and in transformers, vLLM",
     ):
         assert line in printed.err
     assert f"{output}: " in printed.out
