@@ -20,32 +20,41 @@ from torch import Tensor, nn
 _TOLERANCE = 1e-5
 _SMALL_HIDDEN, _SMALL_INNER = 16, 8
 
-FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The fused parameters, [E, 2 I, D] and [E, D, I], and the linears of every expert that lie in them, row after row."""
+_KINDS: tuple[dict[str, tuple[str, ...]], ...] = (
+    {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    {"up_proj": ("up_proj",), "down_proj": ("down_proj",)},
+)
+"""Fused parameters, [E, 2 I or I, D] and [E, D, I], and the linears of an expert that lie in them, row after row."""
 
 
 class Expert(nn.Module):
-    """One gated feed-forward network: down(gating([gate(x), up(x)]))."""
+    """One feed-forward network: down(inner(up(x))), or down(inner([gate(x), up(x)])) where there is a gate."""
 
-    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, gating: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, parts: tuple[str, ...], up: Tensor, down: Tensor, inner: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        gate, up = gate_up_proj.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down_proj)
-        self.gating = gating
+        for name, rows in zip(parts, up.chunk(len(parts)), strict=True):
+            self.add_module(name, _linear(rows))
+        self.down_proj = _linear(down)
+        self.parts, self.inner = parts, inner
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return [T, D]."""
-        hidden: Tensor = self.down_proj(self.gating(torch.cat((self.gate_proj(x_TD), self.up_proj(x_TD)), -1)))
-        return hidden
+        wide = [self._modules[name](x_TD) for name in self.parts]  # type: ignore[misc]
+        hidden_TD: Tensor = self.down_proj(self.inner(torch.cat(wide, -1) if len(wide) > 1 else wide[0]))
+        return hidden_TD
 
 
 class Experts(nn.ModuleList):
     """Stands where fused experts were, and is called as they are."""
 
     def __init__(self, fused: nn.Module) -> None:
-        gating: Any = getattr(fused, "_apply_gate", None) or partial(_gated, fused.get_submodule("act_fn"))
-        weights = zip(fused.get_parameter("gate_up_proj"), fused.get_parameter("down_proj"), strict=True)
-        super().__init__(Expert(gate_up.data, down.data, gating) for gate_up, down in weights)
+        up, down = parts = _fused_parts(fused)
+        inner: Any = getattr(fused, "act_fn", None)
+        if len(parts[up]) > 1:
+            inner = getattr(fused, "_apply_gate", None) or partial(_gated, inner)
+        weights = zip(fused.get_parameter(up), fused.get_parameter(down), strict=True)
+        super().__init__(Expert(parts[up], u.data, d.data, inner) for u, d in weights)
+        self.fused = parts
 
     def forward(self, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum over the experts of every token, [T, D]; index and weights are [T, K].
@@ -68,27 +77,31 @@ def make_plain(model: nn.Module) -> None:
     proofs: dict[type[nn.Module], bool] = {}
     for name, module in list(model.named_modules()):
         kind = type(module)
-        if not (is_fused_experts(module) or (isinstance(module, nn.Linear) and kind is not nn.Linear)):
+        fused = bool(_fused_parts(module))
+        if not fused and (kind is nn.Linear or not isinstance(module, nn.Linear)):
             continue
         if kind not in proofs:
-            proofs[kind] = _holds(_experts_agree if is_fused_experts(module) else _linear_agrees, module)
+            proofs[kind] = _holds(_experts_agree if fused else _linear_agrees, module)
         if proofs[kind]:
-            model.set_submodule(name, Experts(module) if is_fused_experts(module) else _plain(module))
+            model.set_submodule(name, Experts(module) if fused else _plain(module))
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds exactly [E, 2 I, D] and [E, D, I] under the names of fused experts."""
+def _fused_parts(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the fused parameters of a module that holds nothing but them, the way up first; none if it does not."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    if shapes.keys() != FUSED_PARTS.keys() or any(len(shape) != 3 for shape in shapes.values()):
-        return False
-    experts, hidden, inner = shapes["down_proj"]
-    return shapes["gate_up_proj"] == (experts, 2 * inner, hidden)
+    for parts in _KINDS:
+        up, down = parts
+        if shapes.keys() == parts.keys() and all(len(shape) == 3 for shape in shapes.values()):
+            experts, hidden, inner = shapes[down]
+            if shapes[up] == (experts, len(parts[up]) * inner, hidden):
+                return parts
+    return {}
 
 
 def fused_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the full names of the fused parameters that `Experts` in `model` stand for, and the parts of each."""
-    modules = (name for name, module in model.named_modules() if isinstance(module, Experts))
-    return {f"{name}.{fused}": parts for name in modules for fused, parts in FUSED_PARTS.items()}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {f"{name}.{fused}": parts for name, module in modules.items() for fused, parts in module.fused.items()}
 
 
 def _holds(agrees: Callable[[Any], bool], module: nn.Module) -> bool:
@@ -102,11 +115,9 @@ def _holds(agrees: Callable[[Any], bool], module: nn.Module) -> bool:
 def _experts_agree(fused: nn.Module) -> bool:
     """Run the same module over small random weights, and what `Experts` makes of it."""
     chance = torch.Generator().manual_seed(0)
-    experts, tokens = len(fused.get_parameter("down_proj")), 32
-    shapes = {
-        "gate_up_proj": (experts, 2 * _SMALL_INNER, _SMALL_HIDDEN),
-        "down_proj": (experts, _SMALL_HIDDEN, _SMALL_INNER),
-    }
+    up, down = parts = _fused_parts(fused)
+    experts, tokens, inner = len(fused.get_parameter(down)), 32, _SMALL_INNER
+    shapes = {up: (experts, len(parts[up]) * inner, _SMALL_HIDDEN), down: (experts, _SMALL_HIDDEN, inner)}
     small = copy.copy(fused)
     small._parameters = {n: nn.Parameter(torch.randn(s, generator=chance), False) for n, s in shapes.items()}
     hidden_TD = torch.randn(tokens, _SMALL_HIDDEN, generator=chance)

@@ -26,7 +26,8 @@ def read_config(directory: Path) -> PretrainedConfig:
     values.pop("quantization_config", None)
     model_type = values.pop("model_type", None)
     try:
-        return AutoConfig.for_model(model_type, **values)
+        # JSON has no infinity: transformers writes {"__float__": "Infinity"}, which `for_model` does not read.
+        return AutoConfig.for_model(model_type, **PretrainedConfig._decode_special_floats(values))
     except Exception as error:  # each family has its own ways to refuse a value
         raise InputError(
             f"{directory / CONFIG_NAME}: transformers cannot build model_type {model_type!r} ({_reason(error)}); "

@@ -76,7 +76,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     scale_dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
     grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
     text_config = config.get_text_config(decoder=True)
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    heads = getattr(text_config, "num_attention_heads", None) or 1  # a recurrent model has none
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     growth = {name: _growth_bytes(source, name, linear, grid) for name, linear in quantized.items()}
     layers_bytes = tuple(_stored_bytes(source, growth, f"{prefix}.{index}.") for index in range(len(layers)))
     return Plan(
@@ -92,7 +93,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
-        heads=text_config.num_attention_heads,
+        heads=heads,
         eager=config._attn_implementation == "eager",
         experts_per_token=getattr(text_config, "num_experts_per_tok", None) or 1 << 30,
         layers_bytes=layers_bytes,

@@ -70,7 +70,8 @@ class Walk:
         prefix, layers = decoder_layers(self.model)
         outer = [name for name in self.source.locations if not name.startswith(f"{prefix}.")]
         last = [name for name in outer if self._comes_after(name, prefix)] or outer[-1:]  # no shard is empty
-        first = [name for name in outer if name not in last]
+        first = [name for name in outer if name not in last] or last[:1]
+        last = [name for name in last if name not in first]
         if self.writer.done(0) is None:
             self._write(0, "", {name: self.source.read(name) for name in first}, {})
         done = [self.writer.done(index + 1) is not None for index in range(len(layers))]

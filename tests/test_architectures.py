@@ -17,11 +17,14 @@ from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load
+from offload.experts import Experts, make_plain
+from offload.linear import PackedLinear
 from offload.names import names_in_model
 from offload.placement import Placement, plan
 from offload.skeleton import build_skeleton, read_config
 from quant import awq, gptq, rtn
-from quant.layer import UnreachedError
+from quant.groupwise import Grid, minmax, pack_weight
+from quant.layer import UnreachedError, linears
 from quant.source_weights import SourceWeights
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3, 12, 250, 64, 7, 7, 18]])
@@ -99,7 +102,16 @@ def reference(model: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> PreTra
         stem, _, part = key.rpartition(".")
         if part == "weight_packed":
             scale, zero = tensors[f"{stem}.weight_scale"], tensors.get(f"{stem}.weight_zero_point")
-            place(built, f"{stem}.weight", dequantize(PackedWeight(tensor.view(torch.uint8), scale, zero, 32), dtype))
+            place(
+                built,
+                f"{stem}.weight",
+                dequantize(
+                    PackedWeight(
+                        tensor.view(torch.uint8), scale, zero, checkpoint.recipe.group_size or tensor.shape[1] * 8
+                    ),
+                    dtype,
+                ),
+            )
         elif not part.startswith("weight_"):
             place(built, key, tensor.to(dtype))
     return built
@@ -161,6 +173,93 @@ def test_a_family_goes_all_the_way(
     for _ in range(2):
         assert torch.equal(logits(streamed), resident)
     executor_of(streamed).close()
+
+
+def test_experts_that_stay_fused_are_listed(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-OSS keeps its experts transposed and with biases: they are listed, and run as they are."""
+    monkeypatch.setitem(FAMILIES, "GptOss", {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8})
+    model = make_model("GptOss", tiny_model, tmp_path / "model")
+    checkpoint = quantize("rtn", model, tmp_path, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "left as it is, no linear: mlp.experts.gate_up_proj of 2 layers, 192.0 KiB" in said
+    assert "left as it is, no linear: mlp.router.weight of 2 layers, 1.0 KiB" in said
+    exact = logits(load(checkpoint.directory, dtype=torch.float32, mode="exact"))
+    theirs, truth = (logits(reference(model, checkpoint, dtype)) for dtype in (torch.float32, torch.float64))
+    assert (exact - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+class Gateless(torch.nn.Module):
+    """Fused experts without a gate, in their plainest form."""
+
+    def __init__(self, experts: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.up_proj = torch.nn.Parameter(torch.randn(experts, inner, hidden), requires_grad=False)
+        self.down_proj = torch.nn.Parameter(torch.randn(experts, hidden, inner), requires_grad=False)
+        self.act_fn = torch.nn.GELU()
+
+    def forward(self, hidden_TD: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows = [
+            sum(w * (self.down_proj[e] @ self.act_fn(self.up_proj[e] @ x)) for e, w in zip(i, ws, strict=True))
+            for x, i, ws in zip(hidden_TD, index, weights, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+def test_experts_without_a_gate() -> None:
+    gateless = Gateless(4, 32, 24)
+    holder = torch.nn.Module()
+    holder.experts = gateless
+    make_plain(holder)
+    assert isinstance(holder.experts, Experts)
+    assert list(linears(holder.experts[3])) == ["up_proj", "down_proj"]
+    hidden, index, weights = torch.randn(9, 32), torch.randint(4, (9, 1)), torch.rand(9, 1)
+    torch.testing.assert_close(holder.experts(hidden, index, weights), gateless(hidden, index, weights))
+
+
+class Doubling(Gateless):
+    """Looks like fused experts and computes something else."""
+
+    def forward(self, hidden_TD: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return 2 * super().forward(hidden_TD, index, weights)
+
+
+class Halving(torch.nn.Linear):
+    """Looks like a linear and computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def test_what_only_looks_like_experts_or_a_linear_stays_as_it_is() -> None:
+    holder = torch.nn.Module()
+    holder.experts, holder.linear = Doubling(4, 32, 24), Halving(8, 8)
+    make_plain(holder)
+    assert type(holder.experts) is Doubling
+    assert type(holder.linear) is Halving
+
+
+def test_a_packed_linear_shows_its_weight_while_it_is_in_memory() -> None:
+    """Some models look at a linear's weight besides calling it."""
+    weight, grid = torch.randn(16, 64), Grid(32, symmetric=True)
+    linear = PackedLinear(64, 16, False, torch.bfloat16, 4, "fast")
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        _ = linear.weight
+    linear.packed = pack_weight(weight, minmax(weight, grid), grid)
+    assert torch.equal(linear.weight, dequantize(linear.packed, torch.bfloat16))
+
+
+def test_a_model_whose_layers_come_before_all_else(tiny_model: Path, tmp_path: Path) -> None:
+    """No shard is empty, though all outer tensors are registered behind the layers."""
+    config = transformers.CpmAntConfig(
+        vocab_size=264, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=96, num_hidden_layers=2
+    )
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
+    checkpoint = quantize("rtn", model, tmp_path, tmp_path / "out")
+    assert all(blob.tensors for blob in checkpoint.blobs)
+    assert torch.isfinite(logits(load(checkpoint.directory))).all()
 
 
 def restored(model: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
