@@ -29,7 +29,7 @@ from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 from quant.cost import Windows
 from quant.model_card import model_card
 from quant.plan import Plan, make_plan
-from quant.preflight import Footprint, describe, footprint
+from quant.preflight import Footprint, describe, footprint, smallest_memory
 from quant.walk import Method, Walk
 
 _TEXT_BYTES = 64 << 20
@@ -131,7 +131,8 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
             spill_to = output if needed.spilled else None
             skip = frozenset(plan.skipped)
             Walk(plan.model, plan.source, writer, method, plan.grid, skip, plan.head_dim, spill_to).run(windows)
-            card = model_card(plan.name, output.name, recipe, plan.source.nbytes, plan.expected_bytes)
+            sizes = plan.source.nbytes, plan.expected_bytes, smallest_memory(plan)
+            card = model_card(plan.name, output.name, recipe, *sizes)
             writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
     _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
 

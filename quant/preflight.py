@@ -26,6 +26,9 @@ from quant.walk_inputs import BATCH_SAMPLES
 _RESERVE_BYTES = 48 << 20
 """Pieces of the source while it is checked; what the allocator and the mathematical libraries keep for themselves."""
 
+RUNTIME_BYTES = CODE_BYTES + (290 << 20)
+"""Python and libraries in the command that runs a checkpoint: 275 MiB of their own were measured with torch 2.13."""
+
 _DISK_BYTES_PER_SECOND = 300e6
 _READS_OF_SOURCE = 4
 _CONTEXT_TOKENS, _CHUNK_TOKENS = 2048, 512
@@ -182,14 +185,19 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
 
 def _where_it_loads(plan: Plan) -> str:
     """Say where the checkpoint will load, and with how little memory it will run here."""
+    here = format_bytes(smallest_memory(plan, own_memory_bytes() + CODE_BYTES))
+    others = "transformers, vLLM" if plan.grid.symmetric else "vLLM; transformers with dequantize=True"
+    return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens), and in {others}"
+
+
+def smallest_memory(plan: Plan, runtime_bytes: int = RUNTIME_BYTES) -> int:
+    """Return the bytes that a process needs to run the checkpoint, its layers on disk."""
     config = plan.model.config
     needs = Needs(
-        runtime_bytes=own_memory_bytes() + CODE_BYTES,
+        runtime_bytes=runtime_bytes,
         fixed_bytes=_around_bytes(plan, None),
         cache_bytes=cache_bytes(config, _CONTEXT_TOKENS, 2),
         activation_bytes=activation_bytes(config, _CHUNK_TOKENS),
         layers_bytes=plan.layers_bytes,
     )
-    here = format_bytes(needs.around_bytes + max(plan.layers_bytes))
-    others = "transformers, vLLM" if plan.grid.symmetric else "vLLM; transformers with dequantize=True"
-    return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens), and in {others}"
+    return needs.around_bytes + max(plan.layers_bytes)

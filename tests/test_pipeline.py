@@ -383,7 +383,7 @@ def test_the_size_is_known_before(
     expected_bytes: list[int] = []
 
     def card(*arguments: Any) -> bytes:
-        expected_bytes.append(arguments[-1])
+        expected_bytes.append(arguments[-2])
         return b""
 
     monkeypatch.setattr("quant.pipeline.model_card", card)
@@ -520,41 +520,6 @@ def test_8_bits_are_much_nearer_to_the_original_than_4(tiny_model: Path, tmp_pat
     assert 0 < errors[8] < errors[4] / 10
 
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0},
-    "Phi3": {},
-    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
-}
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@torch.inference_mode()
-def test_other_architectures_go_all_the_way(
-    tiny_model: Path, calibration_text: Path, tmp_path: Path, kind: str
-) -> None:
-    """Calibrated, written, and run by the executor as by a transformers model with the same weights."""
-    shared = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    tokens = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.2}
-    config = getattr(transformers, f"{kind}Config")(**{**shared, **heads, **tokens, **ARCHITECTURES[kind]})
-    built = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in built.parameters():
-        parameter += 0.05 * torch.randn_like(parameter)
-    model, output = tmp_path / "model", tmp_path / "out"
-    built.to(torch.bfloat16).save_pretrained(model)
-    copy_tokenizer(tiny_model, model)
-    arguments = ["--model", str(model), "--output", str(output), "--calibration", str(calibration_text), *SHORT]
-    assert awq.main(arguments) == 0
-    assert not any(report["fallback"] for report in Checkpoint.open(output).layer_errors.values())
-    expected = reference(model, output, torch.float32)(TOKENS).logits
-    found = load(output, dtype=torch.float32, mode="exact")(TOKENS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(TOKENS).logits
-    assert (original - expected).abs().max() > 1e-3
-
-
 def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
     cards = {}
     for name, flags in (("symmetric", []), ("asymmetric", ["--asymmetric"])):
@@ -573,7 +538,7 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
             f"in 4 bits, {name}, groups of 32; calibrated on 4 windows of 32 tokens of {calibration_text.name}" in words
         )
         assert f"(sha256 {recipe.calibration_sha256}), seed 3" in words
-        assert f"python -m offload.generate --model {name} --cpu-memory" in words
+        assert f"python -m offload.generate --model {name} --cpu-memory 512MiB" in words
         assert f'AutoModelForCausalLM.from_pretrained("{name}"' in words
     assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in cards["asymmetric"]
     assert "dequantize=True" not in cards["symmetric"]
