@@ -3,6 +3,7 @@
 Axes: S samples, T tokens, D hidden.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -40,15 +41,14 @@ class NamelessFile:
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
-    """Float32 [samples, tokens, hidden] in a file: it has a length, slices and `split`, as a tensor has.
+    """Float32 [samples, *shape] in a file: it has a length, slices and `split`, as a tensor has.
 
-    first: the sample in the file that is the first here.
+    shape: of one sample, [T, D] as a rule. first: the sample in the file that is the first here.
     """
 
     file: NamelessFile
     samples: int
-    tokens: int
-    hidden: int
+    shape: tuple[int, ...]
     first: int = 0
 
     def __len__(self) -> int:
@@ -59,9 +59,9 @@ class Spilled:
         return replace(self, first=self.first + start, samples=max(0, stop - start))
 
     def split(self, samples: int) -> Iterator[Tensor]:
-        """Yield float32 [at most `samples`, T, D], read one after the other."""
+        """Yield float32 [at most `samples`, *shape], read one after the other."""
         for start in range(0, self.samples, samples):
-            batch_BTD = torch.empty(min(samples, self.samples - start), self.tokens, self.hidden)
+            batch_BTD = torch.empty(min(samples, self.samples - start), *self.shape)
             view = batch_BTD.numpy().data.cast("B")
             offset = self._offset(start)
             while view:
@@ -77,7 +77,7 @@ class Spilled:
             view, offset = view[count:], offset + count
 
     def _offset(self, sample: int) -> int:
-        return 4 * (self.first + sample) * self.tokens * self.hidden
+        return 4 * (self.first + sample) * math.prod(self.shape)
 
 
 HiddenStates = Tensor | Spilled
@@ -88,10 +88,10 @@ def new_states(samples: int, like: Tensor, directory: Path | None) -> HiddenStat
 
     They lie in a file in `directory`, in memory without one.
     """
-    _, tokens, hidden = like.shape
+    shape = like.shape[1:]
     if directory is None:
-        return torch.empty(samples, tokens, hidden)
-    return Spilled(NamelessFile(directory, 4 * samples * tokens * hidden), samples, tokens, hidden)
+        return torch.empty(samples, *shape)
+    return Spilled(NamelessFile(directory, 4 * samples * math.prod(shape)), samples, tuple(shape))
 
 
 def fill(states: HiddenStates, batches: Iterable[Tensor]) -> HiddenStates:

@@ -76,6 +76,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     scale_dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
     grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
     text_config = config.get_text_config(decoder=True)
+    context = getattr(text_config, "max_position_embeddings", None)
     heads = getattr(text_config, "num_attention_heads", None) or 1  # a recurrent model has none
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     growth = {name: _growth_bytes(source, name, linear, grid) for name, linear in quantized.items()}
@@ -92,7 +93,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         head_dim=head_dim,
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
-        context_tokens=getattr(text_config, "max_position_embeddings", None),
+        context_tokens=context if context and context > 0 else None,
         heads=heads,
         eager=config._attn_implementation == "eager",
         experts_per_token=getattr(text_config, "num_experts_per_tok", None) or 1 << 30,

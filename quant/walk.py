@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import read_header
@@ -56,7 +57,7 @@ class Walk:
     skip: full names of linears left as they are. spill_to: a directory for hidden states that memory has no room for.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     source: SourceWeights
     writer: CheckpointWriter
     method: Method

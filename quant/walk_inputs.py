@@ -4,7 +4,6 @@ Axes: S samples, T tokens, D hidden, B samples of a batch.
 """
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from offload.skeleton import assign, decoder_layers
 from quant.hidden_states import HiddenStates, fill, new_states
@@ -50,36 +50,56 @@ class WalkInputs:
         return replace(self, at_layer=inputs)
 
 
-def first_inputs(model: nn.Module, source: SourceWeights, windows: Tensor, spill_to: Path | None = None) -> WalkInputs:
+def first_inputs(
+    model: PreTrainedModel, source: SourceWeights, windows: Tensor, spill_to: Path | None = None
+) -> WalkInputs:
     """Run everything before the decoder layers on windows [S, T] and return what the layers would be called with.
 
     The tensors needed for that, embeddings mostly, are read for this call and dropped again.
     """
     prefix, layers = decoder_layers(model)
     parent_name, _, list_name = prefix.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    around = [key for key in parent.state_dict() if not key.startswith(f"{list_name}.")]
-    for key in around:
-        tensor = source.read(f"{parent_name}.{key}")
-        assign(parent, key, tensor.float() if tensor.is_floating_point() else tensor)
+    base_name = model.base_model_prefix if model.base_model is not model else ""
+    parent, base = model.get_submodule(parent_name), model.get_submodule(base_name)
+    around = {
+        name: state
+        for name, state in model.state_dict().items()
+        if name.startswith(base_name) and not name.startswith(f"{prefix}.")
+    }
+    for name in around:
+        tensor = source.read(name)
+        assign(model, name, tensor.float() if tensor.is_floating_point() else tensor)
     recorders = [_Recorder(layer) for layer in layers]
-
-    def hidden_states() -> Iterator[Tensor]:
-        for window_T in windows:
-            parent(input_ids=window_T[None], use_cache=False)
-            yield recorders[0].hidden_BTD
-
     parent._modules[list_name] = nn.ModuleList(recorders)
     try:
-        first_BTD = next(hidden_states())
-        states = new_states(len(windows), first_BTD, spill_to)
-        fill(states, hidden_states())
+        _find_out_what_layers_return(base, recorders, windows[:1])
+        states = new_states(len(windows), recorders[0].hidden_BTD, spill_to)
+        fill(states, (_recorded(base, recorders, window_T[None]) for window_T in windows))
     finally:
         parent._modules[list_name] = layers
-    for key in around:
-        assign(parent, key, torch.empty_like(parent.state_dict()[key], device="meta"))
+    for name, state in around.items():
+        assign(model, name, state)
     arguments = tuple(recorder.arguments for recorder in recorders)
     return WalkInputs(LayerInputs(states, arguments[0], batch_samples(arguments[0])), arguments, spill_to)
+
+
+def _recorded(base: nn.Module, recorders: list["_Recorder"], input_ids: Tensor) -> Tensor:
+    """Run the model around the recorders and return what the first layer would be called with."""
+    base(input_ids=input_ids, use_cache=False)
+    return recorders[0].hidden_BTD
+
+
+def _find_out_what_layers_return(base: nn.Module, recorders: list["_Recorder"], input_ids: Tensor) -> None:
+    """Let the recorders return a tuple if the model takes the first of what a layer returns: the next one shows it."""
+    try:
+        _recorded(base, recorders, input_ids)
+        fits = all(recorder.hidden_BTD.shape == recorders[0].hidden_BTD.shape for recorder in recorders)
+    except Exception:  # a hidden state that lost an axis can fail anywhere
+        fits = False
+    if not fits:
+        for recorder in recorders:
+            recorder.returns_tuple = True
+        _recorded(base, recorders, input_ids)
 
 
 def batch_samples(arguments: dict[str, Any]) -> int:
@@ -98,7 +118,7 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)
-        self.hidden_BTD = torch.empty(0)
+        self.hidden_BTD, self.returns_tuple = torch.empty(0), False
         self.arguments: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -108,11 +128,12 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "layer"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Record the call by the names of the layer's own signature."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Record the call by the names of the layer's own signature; the hidden states are its first argument."""
         bound = inspect.signature(type(self.layer).forward).bind(self.layer, *args, **kwargs)
-        named = {key: value for key, value in bound.arguments.items() if key not in ("self", "kwargs")}
+        named = {key: value for key, value in bound.arguments.items() if key != "kwargs"}
         named |= bound.arguments.get("kwargs", {})
-        hidden_BTD: Tensor = named.pop("hidden_states")
-        self.hidden_BTD, self.arguments = hidden_BTD, named
-        return hidden_BTD
+        _, first, *_ = named
+        hidden_BTD: Tensor = named.pop("hidden_states" if "hidden_states" in named else first)
+        self.hidden_BTD, self.arguments = hidden_BTD, {key: value for key, value in named.items() if key != "self"}
+        return (hidden_BTD,) if self.returns_tuple else hidden_BTD

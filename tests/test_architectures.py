@@ -57,6 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
     "Bloom": {"n_head": 4},
     "Falcon": {"alibi": False},
+    "GPTJ": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "rotary_dim": 8},  # layers return tuples
+    "Bert": {"is_decoder": True},  # the module that holds the layers is not the one that embeds
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "DeepseekV3": {
