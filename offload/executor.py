@@ -26,6 +26,7 @@ from offload.fused import fuse
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO, LayerView, layer_view
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, trim_memory
+from offload.names import checkpoint_in_model
 from offload.needs import count_needs
 from offload.placement import Placement, plan
 from offload.predict import Costs
@@ -69,6 +70,7 @@ def load(
     checkpoint = Checkpoint.open(directory)
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
+    checkpoint = checkpoint_in_model(checkpoint, model)
     names = _replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.matmul import Mode, dequant_matmul
-from kernels.packed import PackedWeight
+from kernels.packed import PackedWeight, dequantize
 
 
 class PackedLinear(nn.Module):
@@ -19,8 +19,16 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bits, self.mode = in_features, out_features, bits, mode
         self.packed: PackedWeight | None = None
+        self.dtype = dtype
         empty = torch.empty(out_features, dtype=dtype, device="meta")
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dequantized anew: for models that look at a linear's weight besides calling it. [N, K]."""
+        if self.packed is None:
+            raise AttributeError("the weights of this layer are not in memory")
+        return dequantize(self.packed, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, in x's dtype."""

@@ -21,6 +21,7 @@ from offload.errors import CheckpointError
 PAGE_BYTES = 4096
 _OPEN_FILES = 16
 _HUGE_PAGE_BYTES = 2 << 20
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class Arena:
@@ -144,6 +145,16 @@ def trim_memory() -> None:
         if permissions == "r-xp" and inode != "0":
             start, end = (int(address, 16) for address in addresses.split("-"))
             library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def give_memory_back_at_once() -> None:
+    """Let the C library return every freed block of a MiB or more to the system, instead of keeping it for the next.
+
+    It would raise that size, up to 32 MiB, with the first such block that is freed.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def own_memory_bytes() -> int:

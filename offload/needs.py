@@ -79,8 +79,11 @@ def count_needs(
 def cache_bytes(config: PretrainedConfig, context_tokens: int, element_bytes: int) -> int:
     """Return the bytes of keys and values of `context_tokens` tokens, all layers, for one sequence."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query_heads = getattr(text, "num_attention_heads", None)
+    if not query_heads:  # a recurrent model keeps a state of fixed size
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
     return int(2 * text.num_hidden_layers * heads * head_dim * context_tokens * element_bytes)
 
 

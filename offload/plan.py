@@ -95,6 +95,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     from offload.embedding import plain_embedding
     from offload.forecast import PREFILL_TOKENS, Subject
     from offload.memory import trim_memory
+    from offload.names import checkpoint_in_model
     from offload.needs import count_needs
     from offload.placement import plan
     from offload.skeleton import build_skeleton, read_config
@@ -107,6 +108,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     layers = [blob.module for blob in checkpoint.blobs if blob.module]
     skeleton = build_skeleton(config, dtype)
+    checkpoint = checkpoint_in_model(checkpoint, skeleton)
     wishes = wishes.on([name for name, _ in skeleton.named_modules()], layers)
     embedding = plain_embedding(skeleton, [blob for blob in checkpoint.blobs if not blob.module])
     trim_memory()

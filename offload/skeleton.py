@@ -1,7 +1,7 @@
 """A transformers model without its weights: every parameter on the meta device, every buffer real.
 
-Models come from transformers; nothing of an architecture is written here. Weights are assigned a layer at a time, by
-whoever walks the model.
+Models come from transformers; nothing of an architecture is written here. Fused experts are taken apart
+(`offload/experts.py`). Weights are assigned a layer at a time, by whoever walks the model.
 """
 
 import textwrap
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from offload.checkpoint import CONFIG_NAME, read_json
 from offload.errors import InputError
+from offload.experts import make_plain
 
 
 def read_config(directory: Path) -> PretrainedConfig:
@@ -25,7 +26,8 @@ def read_config(directory: Path) -> PretrainedConfig:
     values.pop("quantization_config", None)
     model_type = values.pop("model_type", None)
     try:
-        return AutoConfig.for_model(model_type, **values)
+        # JSON has no infinity: transformers writes {"__float__": "Infinity"}, which `for_model` does not read.
+        return AutoConfig.for_model(model_type, **PretrainedConfig._decode_special_floats(values))
     except Exception as error:  # each family has its own ways to refuse a value
         raise InputError(
             f"{directory / CONFIG_NAME}: transformers cannot build model_type {model_type!r} ({_reason(error)}); "
@@ -44,6 +46,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     except Exception as error:
         kind = type(config).__name__
         raise InputError(f"transformers cannot build a {kind} model ({_reason(error)}); check {CONFIG_NAME}") from None
+    make_plain(model)
     model.requires_grad_(False)
     return model.eval()
 
@@ -56,13 +59,14 @@ def _reason(error: Exception) -> str:
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of the decoder layers: the longest list of modules that holds linears.
 
-    Raises InputError if the model has none.
+    Lists within a list, of experts say, are parts of a layer. Raises InputError if the model has none.
     """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(inner, nn.Linear) for inner in module.modules())
-    ]
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():  # a list comes before what is in it
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer, _ in lists):
+            continue
+        if any(isinstance(inner, nn.Linear) for inner in module.modules()):
+            lists.append((name, module))
     if not lists:
         raise InputError(f"{type(model).__name__}: no list of decoder layers was found in it")
     return max(lists, key=lambda item: len(item[1]))

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, range_parameters
-from quant.layer import LayerInputs, Moments, linears, moments
+from quant.layer import LayerInputs, Moments, moments
 from quant.scale_groups import ScaleGroup, find_scale_groups
 
 _SMALLEST = 1e-4
@@ -53,6 +54,19 @@ class Awq:
         """Return the settings that decide the result."""
         return asdict(self.settings)
 
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        """Return what a layer whose linears have these shapes will take: Gram matrices, searches."""
+        assert windows is not None, "it needs inputs"
+        settings = self.settings
+        candidates = settings.clip_points * (2 if grid.symmetric else 1)
+        grams = [FLOAT_BYTES * columns * columns for _, columns in shapes]
+        search = [FLOAT_BYTES * n * (4 * candidates * grid.group(k) + 6 * k) for n, k in shapes]
+        weights = sum(n * k for n, k in shapes)
+        runs = windows.tokens * (6 * windows.samples + 2 * settings.scale_points * settings.search_samples)
+        clips = candidates * (1 if grid.symmetric else 3) * (2 * max(grid.group(k) for _, k in shapes) + 60)
+        statistics = sum(2 * k * k for _, k in shapes) * windows.samples * windows.tokens
+        return Cost(sum(grams) + max(grams) + max(search), 2.0 * weights * runs + weights * clips + statistics)
+
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
@@ -69,7 +83,7 @@ def scale_layer(
 
     Returns the moments of the inputs of all linears as they are after scaling, and each group's chosen candidate.
     """
-    seen = moments(layer, inputs, linears(layer))
+    seen = moments(layer, inputs, names)
     chosen = {}
     for group in find_scale_groups(layer, inputs, head_dim):
         if not set(group.linears) <= set(names):

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.awq import AwqSettings, scale_layer, search_clip
-from quant.groupwise import Grid, Parameters, fake_quantize
-from quant.layer import LayerInputs, Moments, inputs_of
+from quant.awq import Awq, AwqSettings, scale_layer, search_clip
+from quant.cost import Cost, Shape, Windows
+from quant.groupwise import Grid, Parameters, fake_quantize, minmax
+from quant.layer import LayerInputs, Moments, UnreachedError, inputs_of
 from quant.scale_groups import sets_by_input
 
 _BLOCK_COLUMNS = 64
@@ -61,6 +62,17 @@ class Gptq:
         """Return the settings that decide the result."""
         return asdict(self.settings)
 
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        """Return what a layer whose linears have these shapes will take: AWQ's, and float64 matrices."""
+        assert windows is not None, "it needs inputs"
+        scaling = Awq(self.settings.search).cost(shapes, grid, windows)
+        largest = max(8 * (10 * k * k + 10 * n * k) for n, k in shapes)
+        weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
+        passes = 2.0 * weights * tokens * (6 if self.needs_original else 3)
+        rounding = sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
+        operations = passes + rounding + (scaling.operations if self.settings.scale else 0)
+        return Cost(max(scaling.memory_bytes, largest), operations)
+
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
@@ -73,9 +85,14 @@ class Gptq:
         if settings.scale:
             _, report = scale_layer(layer, inputs, names, grid, head_dim, settings.search)
         original = copy.deepcopy(layer) if self.needs_original else None
-        found = {}
+        found: dict[str, Parameters] = {}
         for members in sets_by_input(layer, inputs, names):
-            gram, cross = observe(layer, original, inputs, members[0])
+            try:
+                gram, cross = observe(layer, original, inputs, members[0])
+            except UnreachedError:  # rounding what comes before has sent an expert's few tokens elsewhere
+                report[f"rounding of {', '.join(members)}"] = "to nearest, as no token was left"
+                found |= {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name in members}
+                continue
             hessian = Hessian.of(gram, settings.damping)
             if hessian.damping > settings.damping:
                 report[f"damping of {', '.join(members)}"] = hessian.damping
@@ -94,7 +111,7 @@ def observe(
     """Return E[x x^T] and E[x0 x^T], float64 [K, K], of the inputs x of a linear and x0 of the same in `original`.
 
     The second is None without `original`, and where the two do not see the same tokens, as behind a router. Raises
-    ValueError if no sample calls the linear, ArithmeticError if its inputs are not finite.
+    UnreachedError if no sample calls the linear, ArithmeticError if its inputs are not finite.
     """
     width = layer.get_parameter(f"{name}.weight").shape[1]
     gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
@@ -108,7 +125,7 @@ def observe(
         if paired:
             cross += x0_TK.T @ x_TK
     if not tokens:
-        raise ValueError(f"{name}: not called by any calibration sample")
+        raise UnreachedError(f"{name}: not called by any calibration sample")
     if not torch.isfinite(gram).all():
         raise ArithmeticError(f"{name}: its inputs are not finite")
     return gram / tokens, cross / tokens if paired else None

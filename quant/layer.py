@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.hidden_states import HiddenStates
+
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
     """What a decoder layer is called with: hidden states of all samples, and arguments that all samples share.
 
-    hidden_STD: float32 [S, T, D]. arguments: keyword arguments of the layer's forward, for a batch of one.
-    batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any layer is
-    quantized, for methods that ask for it.
+    hidden_STD: float32 [S, T, D], in memory or not. arguments: keyword arguments of the layer's forward, for a batch
+    of one. batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any
+    layer is quantized, for methods that ask for it.
     """
 
-    hidden_STD: Tensor
+    hidden_STD: HiddenStates
     arguments: dict[str, Any]
     batch_samples: int = 4
-    original_STD: Tensor | None = None
+    original_STD: HiddenStates | None = None
 
     def select(self, samples: slice) -> "LayerInputs":
         """Return the same inputs for some of the samples; a view."""
@@ -76,7 +78,7 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
 def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict[str, Moments]:
     """Run the layer on all samples and return the moments of the inputs of the named linears.
 
-    Linears that share an input share its moments. Raises ValueError naming a linear that was never called.
+    Linears that share an input share its moments. Raises UnreachedError naming a linear that was never called.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     counts: dict[str, int] = {}
@@ -89,8 +91,12 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
         if first != name:
             return
         x_TK = x.flatten(0, -2)
-        gram, magnitude = sums.get(name, (torch.zeros(()), torch.zeros(())))
-        sums[name] = (gram + x_TK.T @ x_TK, magnitude + x_TK.abs().sum(0))
+        if name in sums:
+            gram, magnitude = sums[name]
+            gram += x_TK.T @ x_TK
+            magnitude += x_TK.abs().sum(0)
+        else:
+            sums[name] = (x_TK.T @ x_TK, x_TK.abs().sum(0))
         counts[name] = counts.get(name, 0) + len(x_TK)
 
     with observed_inputs(layer, names, observe):
@@ -98,9 +104,19 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
             owner.clear()
     missing = [name for name in names if name not in shared]
     if missing:
-        raise ValueError(f"{', '.join(missing)}: not called by any calibration sample")
-    means = {name: Moments(g / counts[name], m / counts[name]) for name, (g, m) in sums.items()}
+        raise UnreachedError(f"{', '.join(missing)}: not called by any calibration sample")
+    means = {name: Moments(g.div_(counts[name]), m.div_(counts[name])) for name, (g, m) in sums.items()}
     return {name: means[shared[name]] for name in names}
+
+
+def unreached(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> list[str]:
+    """Return which of the named linears no sample comes to; runs no more samples than it takes to see the others."""
+    missing = dict.fromkeys(names)
+    with observed_inputs(layer, tuple(missing), lambda name, x: missing.pop(name, None)):
+        for _ in inputs.outputs(layer):
+            if not missing:
+                break
+    return list(missing)
 
 
 def inputs_of(layer: nn.Module, inputs: LayerInputs, name: str) -> Iterator[Tensor]:
@@ -123,6 +139,10 @@ def inputs_of(layer: nn.Module, inputs: LayerInputs, name: str) -> Iterator[Tens
             yield x
 
 
+class UnreachedError(ValueError):
+    """No sample comes to a linear, an expert's say, so nothing is known of its inputs."""
+
+
 class _Reached(BaseException):
     """Leaves a layer's forward with the input that was waited for."""
 
@@ -132,11 +152,14 @@ class _Reached(BaseException):
 
 
 @contextmanager
-def observed_inputs(layer: nn.Module, names: Iterable[str], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+def observed_inputs(layer: nn.Module, names: Iterable[str], observe: Callable[[str, Tensor], object]) -> Iterator[None]:
     """Call `observe(name, x)` with the input of each named submodule while the context lasts."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, arguments: observe(name, arguments[0])
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            observe(name, arguments[0])
+
+        return before
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:

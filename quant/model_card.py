@@ -20,8 +20,14 @@ In plain transformers, with the `compressed-tensors` package installed:
 """
 
 
-def model_card(name: str, output: str, recipe: Recipe, source_bytes: int, checkpoint_bytes: int) -> bytes:
-    """Return the card as UTF-8. `python -m eval.ppl --record` adds the measured accuracy."""
+def model_card(
+    name: str, output: str, recipe: Recipe, source_bytes: int, checkpoint_bytes: int, memory_bytes: int
+) -> bytes:
+    """Return the card as UTF-8. `python -m eval.ppl --record` adds the measured accuracy.
+
+    memory_bytes: what a process needs to run the checkpoint.
+    """
+    memory_mib = -(-memory_bytes // (1 << 26)) * 64
     group = "one group a row" if recipe.group_size is None else f"groups of {recipe.group_size}"
     kind = "symmetric" if recipe.symmetric else "asymmetric"
     seen = "no calibration"
@@ -45,7 +51,7 @@ whole recipe, a checksum of every tensor and the error of every layer.
 
 Streamed, under a memory budget smaller than the model:
 
-    python -m offload.generate --model {output} --cpu-memory 540MiB --prompt "..."
+    python -m offload.generate --model {output} --cpu-memory {memory_mib}MiB --prompt "..."
 {note}
 In vLLM: `vllm serve {output}` (format `pack-quantized`; not tried here).
 """.encode()

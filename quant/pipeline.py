@@ -1,60 +1,41 @@
 """From a command line to a checkpoint: the flags every method shares, the plan checked before any work, the walk.
 
-What can be wrong is found before the first layer: shapes that no group size cuts, linears that cannot be quantized,
-weights that are not finite, text that is too short, a directory that is not ours, a disk that is too small.
+What can be wrong is found before the first layer: what `quant/plan.py` refuses, weights that are not finite, text that
+is too short, a directory that is not ours, a disk that is too small.
 """
 
 import argparse
-import fnmatch
 import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import offload
-from kernels.packed import BITS, GROUP_SIZES, codes_per_word
-from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, is_checkpoint, read_json
+from kernels.packed import BITS
+from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, read_json
 from offload.checkpoint_writer import open_writer
-from offload.command import Parser, format_bytes, format_seconds, run, say
+from offload.command import Parser, format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
-from offload.skeleton import build_skeleton, decoder_layers, read_config
-from offload.source import model_name, resolve_model
+from offload.memory import give_memory_back_at_once, peak_memory_bytes
+from offload.skeleton import decoder_layers
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
-from quant.groupwise import Grid
-from quant.layer import linears
+from quant.cost import Windows
 from quant.model_card import model_card
-from quant.source_weights import SourceWeights
+from quant.plan import Plan, make_plan
+from quant.preflight import Footprint, describe, footprint, smallest_memory
 from quant.walk import Method, Walk
 
+_TEXT_BYTES = 64 << 20
+"""A tokenizer and the text, where they are not loaded yet: 50 MiB for the embedded ones."""
+
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run will do, known before it does anything.
-
-    quantized, skipped: full names of the linears. expected_bytes: size of the checkpoint.
-    """
-
-    name: str
-    directory: Path
-    model: nn.Module
-    source: SourceWeights
-    quantized: tuple[str, ...]
-    skipped: tuple[str, ...]
-    grid: Grid
-    head_dim: int
-    hidden_size: int
-    vocabulary: int
-    context_tokens: int | None
-    expected_bytes: int
 
 
 def run_method(
@@ -93,6 +74,8 @@ def _parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="chooses the calibration windows")
     add("--overwrite", action="store_true", help="replace a checkpoint this toolkit wrote")
     add("--json", action="store_true", help="print one JSON object about the result on stdout")
+    add("--cpu-memory", metavar="SIZE", help="budget for the whole process, such as 8GiB; default: no limit")
+    add("--plan", action="store_true", help="say what would be done and what it takes, and stop; reads no weights")
     if needs_inputs:
         add("--calibration", metavar="FILE|DATASET", help="text; default: half of the topics of pydoc_data")
         add("--num-samples", type=_positive, default=64, help="windows of calibration text")
@@ -111,18 +94,28 @@ def _positive(text: str) -> int:
 def quantize(method: Method, options: argparse.Namespace) -> None:
     """Plan, calibrate, write and report. Raises ToolkitError for whatever the user can mend."""
     started = time.monotonic()
+    budget_bytes = None if options.cpu_memory is None else parse_bytes(options.cpu_memory, "--cpu-memory")
+    if budget_bytes is not None:
+        give_memory_back_at_once()
     plan = make_plan(options)
     name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
     output: Path = options.output or Path("checkpoints") / name
-    _check_output(output, plan)
+    amount = Windows(options.num_samples, options.seq_len) if method.needs_inputs else None
+    if options.plan:
+        needed = footprint(plan, method, amount)
+        needed = replace(needed, runtime_bytes=needed.runtime_bytes + (_TEXT_BYTES if amount else 0))
+        print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
+        return
     windows, calibration = _calibration(method, options, plan)
-    _print_plan(plan, method, output, windows)
+    needed = footprint(plan, method, amount).within(budget_bytes)
+    _check_output(output, plan, needed)
+    say(describe(plan, method.name, output, amount, needed))
     recipe = Recipe(
         method=method.name,
         bits=plan.grid.bits,
         group_size=plan.grid.group_size,
         symmetric=plan.grid.symmetric,
-        ignore=plan.skipped,
+        ignore=_ignored(plan),
         source=options.model,
         source_xxh3=plan.source.fingerprint(),
         seed=options.seed,
@@ -135,134 +128,32 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         if writer.complete:
             say(f"{output}: already complete")
         else:
-            Walk(plan.model, plan.source, writer, method, plan.grid, frozenset(plan.skipped), plan.head_dim).run(
-                windows
-            )
-            card = model_card(plan.name, output.name, recipe, plan.source.nbytes, plan.expected_bytes)
+            spill_to = output if needed.spilled else None
+            skip = frozenset(plan.skipped)
+            Walk(plan.model, plan.source, writer, method, plan.grid, skip, plan.head_dim, spill_to).run(windows)
+            sizes = plan.source.nbytes, plan.expected_bytes, smallest_memory(plan)
+            card = model_card(plan.name, output.name, recipe, *sizes)
             writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
     _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
-    """Read configuration and headers only, and decide what will be quantized. Raises InputError or UsageError."""
-    directory = resolve_model(options.model)
-    if is_checkpoint(directory):
-        raise InputError(f"{directory}: already quantized; name the model it was made from")
-    source = SourceWeights.open(directory)
-    config = read_config(directory)
-    model = build_skeleton(config, torch.float32)
-    _check_names(directory, model, source)
-    prefix, layers = decoder_layers(model)
-    inside = {f"{prefix}.{i}.{key}": linear for i, layer in enumerate(layers) for key, linear in linears(layer).items()}
-    outside = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and key not in inside]
-    if not inside:
-        raise InputError(f"{directory}: {type(model).__name__} has no plain nn.Linear in its layers to quantize")
-    skipped = sorted({key for glob in options.skip for key in _matching(glob, list(inside))})
-    quantized = {key: linear for key, linear in inside.items() if key not in skipped}
-    if not quantized:
-        raise UsageError("--skip leaves nothing to quantize")
-    group_size = _choose_group_size(options, quantized)
-    dtypes = {source.locations[f"{key}.weight"].spec.dtype for key in quantized}
-    scale_dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
-    grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
-    text_config = config.get_text_config(decoder=True)
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return Plan(
-        name=model_name(options.model),
-        directory=directory,
-        model=model,
-        source=source,
-        quantized=tuple(quantized),
-        skipped=tuple(outside + skipped),
-        grid=grid,
-        head_dim=head_dim,
-        hidden_size=text_config.hidden_size,
-        vocabulary=text_config.vocab_size,
-        context_tokens=getattr(text_config, "max_position_embeddings", None),
-        expected_bytes=_expected_bytes(source, quantized, grid),
-    )
+def _ignored(plan: Plan) -> tuple[str, ...]:
+    """Return the modules that stay as they are, under the model's names and, where those differ, the stored ones."""
+    stored = (plan.source.stored(f"{name}.weight").removesuffix(".weight") for name in plan.skipped)
+    return tuple(dict.fromkeys((*plan.skipped, *stored)))
 
 
-def _choose_group_size(options: argparse.Namespace, quantized: dict[str, nn.Linear]) -> int | None:
-    """Return G, None for whole rows. Raises UsageError listing what fits if what was asked does not."""
-    asked, bits = options.group_size, options.bits
-    fitting = [str(size) for size in GROUP_SIZES if not _unfit(quantized, size, bits)]
-    if not _unfit(quantized, None, bits):
-        fitting.append("row")
-    if asked is None and len(fitting) > 1:
-        asked = fitting[-2]
-        if asked != str(GROUP_SIZES[-1]):
-            name, width = _unfit(quantized, GROUP_SIZES[-1], bits)[0]
-            say(f"group size {asked}: the largest that fits, as {name} has {width} inputs")
-    size = None if asked == "row" else int(asked or GROUP_SIZES[-1])
-    unfit = _unfit(quantized, size, bits)
-    if unfit:
-        some = ", ".join(f"{name} with {width} inputs" for name, width in unfit[:3])
-        fits = f"--group-size {' or '.join(fitting)} fits" if fitting else "no group size fits"
-        raise UsageError(
-            f"--group-size {size or 'row'}: does not divide {len(unfit)} linears ({some}, ...); {fits}, or use --skip"
-        )
-    return size
-
-
-def _unfit(quantized: dict[str, nn.Linear], group_size: int | None, bits: int) -> list[tuple[str, int]]:
-    grid, unfit = Grid(group_size, symmetric=True, bits=bits), []
-    for name, linear in quantized.items():
-        try:
-            grid.group(linear.in_features)
-        except ValueError:
-            unfit.append((name, linear.in_features))
-    return unfit
-
-
-def _check_names(directory: Path, model: nn.Module, source: SourceWeights) -> None:
-    """Demand a tensor of the right shape for every parameter, tied ones excepted, and no tensor without a place."""
-    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    unknown = sorted(name for name in source.locations if name not in parameters and not name.endswith(".inv_freq"))
-    if unknown:
-        raise InputError(
-            f"{directory}: {len(unknown)} tensors have no place in {type(model).__name__} ({', '.join(unknown[:3])}); "
-            "its weights are stored in a form this version does not convert"
-        )
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        location = source.locations.get(name)
-        if location is None and name not in tied:
-            raise InputError(
-                f"{directory}: tensor {name!r} is missing; the download is incomplete or of another version"
-            )
-        if location is not None and location.spec.shape != tuple(parameter.shape):
-            expected, found = list(parameter.shape), list(location.spec.shape)
-            raise InputError(f"{location.path}: tensor {name!r} is {found}, the configuration asks for {expected}")
-
-
-def _matching(glob: str, names: list[str]) -> list[str]:
-    matching = fnmatch.filter(names, glob)
-    if not matching:
-        raise UsageError(f"--skip {glob!r}: matches none of {len(names)} linears, such as {names[0]!r}")
-    return matching
-
-
-def _expected_bytes(source: SourceWeights, quantized: dict[str, nn.Linear], grid: Grid) -> int:
-    total, per_word = source.nbytes, codes_per_word(grid.bits)
-    for name, linear in quantized.items():
-        groups = linear.in_features // grid.group(linear.in_features)
-        scale_bytes = 2 * linear.out_features * groups
-        zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
-        packed_bytes = 4 * linear.out_features * linear.in_features // per_word
-        total += packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
-    return total
-
-
-def _check_output(output: Path, plan: Plan) -> None:
+def _check_output(output: Path, plan: Plan, needed: Footprint) -> None:
     if output.resolve().is_relative_to(plan.directory.resolve()):
         raise UsageError(f"--output {output}: lies inside the model it is made from")
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     written = sum(path.stat().st_size for path in output.glob("model-*.safetensors")) if output.is_dir() else 0
-    if plan.expected_bytes - written > free_bytes:
-        needed = format_bytes(plan.expected_bytes - written)
-        raise ResourceError(f"--output {output}: {needed} needed, {format_bytes(free_bytes)} free on that disk")
+    missing_bytes = needed.disk_bytes - written
+    if missing_bytes > free_bytes:
+        raise ResourceError(
+            f"--output {output}: {format_bytes(missing_bytes)} needed, {format_bytes(free_bytes)} free on that disk"
+        )
 
 
 def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tuple[Tensor | None, dict[str, Any]]:
@@ -282,23 +173,6 @@ def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tup
     windows = sample_windows(tokens, options.num_samples, options.seq_len, options.seed)
     fields = {"calibration_name": text.name, "calibration_sha256": text.sha256}
     return windows, {**fields, "num_samples": options.num_samples, "seq_len": options.seq_len}
-
-
-def _print_plan(plan: Plan, method: Method, output: Path, windows: Tensor | None) -> None:
-    _, layers = decoder_layers(plan.model)
-    grid = plan.grid
-    kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
-    size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
-    loads = "transformers, vLLM" if grid.symmetric else "vLLM; transformers with dequantize=True"
-    say(f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}")
-    say(f"method   {method.name}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
-    if windows is not None:
-        hidden_bytes = windows.numel() * plan.hidden_size * 4
-        say(
-            f"data     {len(windows)} windows of {windows.shape[1]} tokens; "
-            f"their hidden states take {format_bytes(hidden_bytes)}"
-        )
-    say(f"output   {output}, about {format_bytes(plan.expected_bytes)}; loads here and in {loads}")
 
 
 def _other_files(directory: Path) -> dict[str, bytes]:
@@ -326,9 +200,11 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "checkpoint_bytes": checkpoint.nbytes,
         "layers": len(checkpoint.blobs) - 2,
         "layers_fallen_back": fallbacks,
+        "linears_without_tokens": sum(len(report.get("unreached", ())) for report in reports),
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
         "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
     if as_json:
         print(json.dumps(result))

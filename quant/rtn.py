@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, minmax
 from quant.layer import LayerInputs
 
@@ -19,6 +20,10 @@ class Rtn:
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result: none."""
         return {}
+
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        """Return what a layer whose linears have these shapes will take."""
+        return Cost.of_rounding(shapes)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs | None, names: list[str], grid: Grid, head_dim: int

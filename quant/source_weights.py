@@ -1,16 +1,21 @@
 """The weights of the model to be quantized, read a tensor at a time; the whole is never in memory."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 import torch
 import xxhash
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from offload.checkpoint import INDEX_NAME, TensorSpec, read_header, read_json
 from offload.command import Progress
 from offload.errors import CheckpointError, InputError
+from offload.experts import fused_names
+from offload.names import names_in_model
+
+_PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +29,15 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class SourceWeights:
-    """The tensors of a directory of safetensors files, by name."""
+    """The tensors of a directory of safetensors files, by name.
+
+    stored_names: for names in a model (`placed`), those in the files, where they differ. unplaced: what is in the
+    files and not in the model.
+    """
 
     locations: dict[str, Location]
+    stored_names: dict[str, str] = field(default_factory=dict)
+    unplaced: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, directory: Path) -> "SourceWeights":
@@ -40,6 +51,37 @@ class SourceWeights:
                 locations[name] = Location(path, offset, spec)
         return cls(locations)
 
+    def placed(self, model: PreTrainedModel) -> "SourceWeights":
+        """Return the same tensors under the names they have in `model`, fused experts cut into those of each linear.
+
+        Raises CheckpointError if two tensors have one place.
+        """
+        names, fused = names_in_model(model, self.locations), fused_names(model)
+        locations: dict[str, Location] = {}
+        stored_names: dict[str, str] = {}
+        for name, location in self.locations.items():
+            place = names.get(name)
+            if place is None:
+                continue
+            if place in locations:
+                first = stored_names.get(place, place)
+                raise CheckpointError(f"{location.path}: tensors {first!r} and {name!r} are the same one, {place!r}")
+            if place in fused:
+                locations |= _slices(location, place.rpartition(".")[0], fused[place])
+                continue
+            locations[place] = location
+            if place != name:
+                stored_names[place] = name
+        return SourceWeights(locations, stored_names, tuple(name for name in self.locations if name not in names))
+
+    def stored(self, name: str) -> str:
+        """Return the name that a tensor in a model, or a packed part of it, has in the files of source and result."""
+        if name in self.locations:
+            return self.stored_names.get(name, name)
+        stem, _, part = name.rpartition(".")
+        weight = self.stored_names.get(f"{stem}.weight", f"{stem}.weight")
+        return f"{weight.removesuffix('.weight')}.{part}" if weight.endswith(".weight") else name
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -50,31 +92,53 @@ class SourceWeights:
         location = self.locations.get(name)
         if location is None:
             raise CheckpointError(f"tensor {name!r} is missing from the model; it names {len(self.locations)} others")
-        buffer = bytearray(location.spec.nbytes)
-        with location.path.open("rb", buffering=0) as file:
-            file.seek(location.payload_offset + location.spec.offset)
-            if file.readinto(buffer) != len(buffer):
-                raise CheckpointError(f"{location.path}: ends inside tensor {name!r}; it was truncated while in use")
-        if not buffer:
-            return torch.empty(location.spec.shape, dtype=location.spec.dtype)
-        return torch.frombuffer(buffer, dtype=location.spec.dtype).view(location.spec.shape)
+        return _read(name, location, 0, location.spec.nbytes).view(location.spec.shape)
 
     def fingerprint(self) -> str:
         """Read everything once: return the xxh3 of names and bytes. Raises InputError on a non-finite tensor."""
         digest = xxhash.xxh3_64()
         progress = Progress("checking the source, tensor", len(self.locations))
         for name in sorted(self.locations):
-            tensor = self.read(name)
-            bad = 0 if not tensor.is_floating_point() else int((~torch.isfinite(tensor)).sum())
+            location = self.locations[name]
+            digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}".encode())
+            bad = 0
+            for start in range(0, location.spec.nbytes, _PIECE_BYTES):
+                piece = _read(name, location, start, min(_PIECE_BYTES, location.spec.nbytes - start))
+                bad += 0 if not piece.is_floating_point() else int((~torch.isfinite(piece)).sum())
+                digest.update(piece.view(torch.uint8).numpy().data)
             if bad:
-                path = self.locations[name].path
                 raise InputError(
-                    f"{path}: tensor {name!r} holds {bad} NaN or infinite values; download the model again"
+                    f"{location.path}: tensor {name!r} holds {bad} NaN or infinite values; download the model again"
                 )
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
             progress.advance()
         return digest.hexdigest()
+
+
+def _read(name: str, location: Location, start: int, nbytes: int) -> Tensor:
+    """Read some bytes of a tensor, flat, in the dtype of the file. Raises CheckpointError if the file was cut."""
+    values = torch.empty(nbytes // location.spec.dtype.itemsize, dtype=location.spec.dtype)
+    with location.path.open("rb", buffering=0) as file:
+        file.seek(location.payload_offset + location.spec.offset + start)
+        view = values.view(torch.uint8).numpy().data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{location.path}: ends inside tensor {name!r}; it was truncated while in use")
+            view = view[count:]
+    return values
+
+
+def _slices(location: Location, experts: str, parts: tuple[str, ...]) -> dict[str, Location]:
+    """Return where the linears of every expert lie in a fused tensor [E, rows of all parts, columns]."""
+    count, rows, columns = location.spec.shape
+    shape, nbytes = (rows // len(parts), columns), location.spec.nbytes // (count * len(parts))
+    names = (f"{experts}.{index}.{part}.weight" for index in range(count) for part in parts)
+    return {
+        name: replace(
+            location, spec=replace(location.spec, offset=location.spec.offset + i * nbytes, nbytes=nbytes, shape=shape)
+        )
+        for i, name in enumerate(names)
+    }
 
 
 def _shards(directory: Path) -> list[Path]:

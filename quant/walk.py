@@ -5,21 +5,25 @@ the next, so that later layers see the errors of earlier ones. A layer that an i
 and run in the same way, which is why a resumed checkpoint equals an uninterrupted one byte for byte.
 """
 
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import read_header
 from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
 from offload.skeleton import assign, decoder_layers
+from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
-from quant.layer import LayerInputs, linears
+from quant.layer import LayerInputs, linears, unreached
 from quant.source_weights import Location, SourceWeights
+from quant.walk_inputs import WalkInputs, first_inputs
 
 _HELD_OUT_SHARE = 8
 
@@ -37,6 +41,9 @@ class Method(Protocol):
     def settings_json(self) -> dict[str, Any]:
         """Return the method's own settings, as plain JSON values, for the recipe."""
 
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        """Return what a layer whose linears have these shapes will take."""
+
     def quantize_layer(
         self, layer: nn.Module, inputs: Any, names: list[str], grid: Grid, head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
@@ -47,31 +54,33 @@ class Method(Protocol):
 class Walk:
     """A model to be quantized: its skeleton on the meta device, its weights on disk, and where the result goes.
 
-    skip: full names of linears left as they are.
+    skip: full names of linears left as they are. spill_to: a directory for hidden states that memory has no room for.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     source: SourceWeights
     writer: CheckpointWriter
     method: Method
     grid: Grid
     skip: frozenset[str]
     head_dim: int
+    spill_to: Path | None = None
 
     def run(self, windows: Tensor | None) -> None:
         """Write every shard that is not there yet. windows: int64 [S, T] for methods that need inputs."""
         prefix, layers = decoder_layers(self.model)
         outer = [name for name in self.source.locations if not name.startswith(f"{prefix}.")]
         last = [name for name in outer if self._comes_after(name, prefix)] or outer[-1:]  # no shard is empty
-        first = [name for name in outer if name not in last]
+        first = [name for name in outer if name not in last] or last[:1]
+        last = [name for name in last if name not in first]
         if self.writer.done(0) is None:
-            self.writer.write_shard(0, "", {name: self.source.read(name) for name in first}, {})
+            self._write(0, "", {name: self.source.read(name) for name in first}, {})
         done = [self.writer.done(index + 1) is not None for index in range(len(layers))]
         if any(done):
             say(f"resuming: {sum(done)} of {len(layers)} layers are done and verified")
         inputs = None
         if self.method.needs_inputs and windows is not None and not all(done):
-            inputs = first_inputs(self.model, self.source, windows)
+            inputs = first_inputs(self.model, self.source, windows, self.spill_to)
         progress = Progress("layer", len(layers))
         for index in range(len(layers)):
             if done[index] and all(done):
@@ -79,14 +88,19 @@ class Walk:
             layer, name = layers[index], f"{prefix}.{index}"
             keeps_original = inputs is not None and self.method.needs_original
             dtypes = self._load(layer, name) if keeps_original or not done[index] else {}
-            original_STD = inputs.at_layer.original().run(layer) if inputs is not None and keeps_original else None
+            original_STD = inputs.original_outputs(layer) if inputs is not None and keeps_original else None
             note = self._layer(index, name, layer, inputs, None if done[index] else dtypes)
             if inputs is not None and index + 1 < len(layers):
                 inputs = inputs.following(layer, index + 1, original_STD)
             release(layers[index])
             progress.advance(note)
         if self.writer.done(len(layers) + 1) is None:
-            self.writer.write_shard(len(layers) + 1, "", {name: self.source.read(name) for name in last}, {})
+            self._write(len(layers) + 1, "", {name: self.source.read(name) for name in last}, {})
+
+    def _write(self, index: int, module: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
+        """Write a shard, its tensors under the names that the source has them under."""
+        stored = {self.source.stored(name): tensor for name, tensor in tensors.items()}
+        self.writer.write_shard(index, module, stored, report)
 
     def _comes_after(self, name: str, prefix: str) -> bool:
         """Whether an outer tensor is used after the layers: by the order in which the model registers its parts."""
@@ -96,17 +110,19 @@ class Walk:
 
     def _load(self, layer: nn.Module, name: str) -> dict[str, torch.dtype]:
         """Read the original weights into `layer`, as float32, and return the dtypes of the source."""
-        original = {key: self.source.read(f"{name}.{key}") for key in state_names(layer)}
-        for key, tensor in original.items():
+        dtypes = {}
+        for key in state_names(layer):
+            tensor = self.source.read(f"{name}.{key}")
             assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
-        return {key: tensor.dtype for key, tensor in original.items()}
+            dtypes[key] = tensor.dtype
+        return dtypes
 
     def _layer(
         self,
         index: int,
         name: str,
         layer: nn.Module,
-        inputs: "WalkInputs | None",
+        inputs: WalkInputs | None,
         dtypes: dict[str, torch.dtype] | None,
     ) -> str:
         """Leave `layer` in memory as quantized, and on disk; return a note for the progress line.
@@ -117,15 +133,15 @@ class Walk:
             if inputs is not None:
                 record = self.writer.done(index + 1)
                 assert record is not None, "the record was there when the walk began"
-                restore(layer, name, self.writer.directory / record["file"], self.grid)
+                restore(layer, name, self.writer.directory / record["file"], self.grid, self.source.stored)
             return "already done"
         names = [key for key in linears(layer) if f"{name}.{key}" not in self.skip]
         packed, report = self._quantize(layer, name, names, inputs, dtypes)
-        tensors = {f"{name}.{key}": tensor.to(dtypes[key]) for key, tensor in layer.state_dict().items()}
+        state, quantized = layer.state_dict(), {f"{key}.weight" for key in packed}
+        tensors = {f"{name}.{key}": t.to(dtypes[key]) for key, t in state.items() if key not in quantized}
         for key, weight in packed.items():
-            del tensors[f"{name}.{key}.weight"]
             tensors |= {f"{name}.{key}.{part}": t for part, t in stored_tensors(weight).items()}
-        self.writer.write_shard(index + 1, name, tensors, report)
+        self._write(index + 1, name, tensors, report)
         return f"error {report['error']:.4f} (rtn {report['rtn_error']:.4f})" if "error" in report else ""
 
     def _quantize(
@@ -133,7 +149,7 @@ class Walk:
         layer: nn.Module,
         name: str,
         names: list[str],
-        inputs: "WalkInputs | None",
+        inputs: WalkInputs | None,
         dtypes: dict[str, torch.dtype],
     ) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
         """Quantize, measure on held-out samples against round-to-nearest, and fall back to that where it is better."""
@@ -141,25 +157,31 @@ class Walk:
             found, report = self.method.quantize_layer(layer, None, names, self.grid, self.head_dim)
             return self._pack(layer, found, dtypes), report
         fit, held_out = inputs.at_layer.split_held_out(_HELD_OUT_SHARE)
-        before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
         reference = held_out.original().run(layer)
         for key in names:
             weight = layer.get_parameter(f"{key}.weight")
             weight.data = fake_quantize(weight.data, minmax(weight.data, self.grid), self.grid)
         rtn_error = relative_error(held_out, layer, reference)
-        for key, tensor in before.items():
-            assign(layer, key, tensor.clone())
-        found, chosen = self.method.quantize_layer(layer, fit, names, self.grid, self.head_dim)
+        self._load(layer, name)
+        blind = unreached(layer, fit, names)
+        seen = [key for key in names if key not in blind]
+        found, chosen = self.method.quantize_layer(layer, fit, seen, self.grid, self.head_dim)
+        found |= {key: minmax(layer.get_parameter(f"{key}.weight").data, self.grid) for key in blind}
         packed = self._pack(layer, found, dtypes)
         error = relative_error(held_out, layer, reference)
         report = {"error": error, "rtn_error": rtn_error, "fallback": False, "chosen": chosen}
+        if blind:
+            say(
+                f"{name}: no calibration token reaches {len(blind)} of {len(names)} linears ({blind[0]}, ...): "
+                "these are rounded to nearest; more calibration text may reach them"
+            )
+            report["unreached"] = blind
         if not error <= rtn_error:
             say(
                 f"{name}: {self.method.name} error {error:.4f}, "
                 f"round-to-nearest {rtn_error:.4f}: falling back to the latter"
             )
-            for key, tensor in before.items():
-                assign(layer, key, tensor)
+            self._load(layer, name)
             nearest = {key: minmax(layer.get_parameter(f"{key}.weight").data, self.grid) for key in names}
             packed = self._pack(layer, nearest, dtypes)
             report |= {"error": rtn_error, "fallback": True, "chosen": {}}
@@ -181,82 +203,17 @@ class Walk:
         return packed
 
 
-@dataclass(frozen=True, slots=True)
-class WalkInputs:
-    """The inputs of the layer the walk stands at, and the arguments that each later layer will be called with."""
-
-    at_layer: LayerInputs
-    arguments_by_layer: tuple[dict[str, Any], ...]
-
-    def following(self, layer: nn.Module, index: int, original_STD: Tensor | None) -> "WalkInputs":
-        """Run `layer` and return the inputs of layer `index`, which comes after it, beside the unquantized model's."""
-        inputs = LayerInputs(self.at_layer.run(layer), self.arguments_by_layer[index], original_STD=original_STD)
-        return WalkInputs(inputs, self.arguments_by_layer)
-
-
-def first_inputs(model: nn.Module, source: SourceWeights, windows: Tensor) -> WalkInputs:
-    """Run everything before the decoder layers on windows [S, T] and return what the layers would be called with.
-
-    The tensors needed for that, embeddings mostly, are read for this call and dropped again.
-    """
-    prefix, layers = decoder_layers(model)
-    parent_name, _, list_name = prefix.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    around = [key for key in state_names(parent) if not key.startswith(f"{list_name}.")]
-    for key in around:
-        tensor = source.read(f"{parent_name}.{key}")
-        assign(parent, key, tensor.float() if tensor.is_floating_point() else tensor)
-    recorders = [_Recorder(layer) for layer in layers]
-    hidden = []
-    parent._modules[list_name] = nn.ModuleList(recorders)
-    try:
-        for window_T in windows:
-            parent(input_ids=window_T[None], use_cache=False)
-            hidden.append(recorders[0].hidden_BTD)
-    finally:
-        parent._modules[list_name] = layers
-    for key in around:
-        assign(parent, key, torch.empty_like(parent.state_dict()[key], device="meta"))
-    arguments = tuple(recorder.arguments for recorder in recorders)
-    return WalkInputs(LayerInputs(torch.cat(hidden), arguments[0]), arguments)
-
-
-class _Recorder(nn.Module):
-    """Stands where a decoder layer was, passes hidden states on, and remembers how the layer would have been called."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "layer", layer)
-        self.hidden_BTD = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        """Answer for the layer where the model asks for an attribute of it, its kind of attention say."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "layer"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Record the call by the names of the layer's own signature."""
-        bound = inspect.signature(type(self.layer).forward).bind(self.layer, *args, **kwargs)
-        named = {key: value for key, value in bound.arguments.items() if key not in ("self", "kwargs")}
-        named |= bound.arguments.get("kwargs", {})
-        hidden_BTD: Tensor = named.pop("hidden_states")
-        self.hidden_BTD, self.arguments = hidden_BTD, named
-        return hidden_BTD
-
-
 def relative_error(inputs: LayerInputs, layer: nn.Module, reference: Tensor) -> float:
     """Return |layer(x) - reference|^2 / |reference - x0|^2: the error, in units of what the layer adds to its input.
 
     x0: the unquantized model's input where that is kept, else x.
     """
-    error = sum(
-        float((output - expected).square().sum())
-        for output, expected in zip(inputs.outputs(layer), reference.split(inputs.batch_samples), strict=True)
-    )
-    return error / float((reference - inputs.original().hidden_STD).square().sum())
+    error = added = 0.0
+    batches = reference.split(inputs.batch_samples), inputs.original().hidden_STD.split(inputs.batch_samples)
+    for output, expected, before in zip(inputs.outputs(layer), *batches, strict=True):
+        error += float((output - expected).square().sum())
+        added += float((expected - before).square().sum())
+    return error / added
 
 
 def stored_tensors(weight: PackedWeight) -> dict[str, Tensor]:
@@ -266,12 +223,14 @@ def stored_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     return tensors if weight.zero is None else tensors | {"weight_zero_point": weight.zero}
 
 
-def restore(layer: nn.Module, name: str, path: Any, grid: Grid) -> None:
-    """Load a written shard into `layer`, dequantized to float32."""
+def restore(
+    layer: nn.Module, name: str, path: Path, grid: Grid, stored: Callable[[str], str] = lambda name: name
+) -> None:
+    """Load a written shard into `layer`, dequantized to float32. stored: maps a tensor's name to that in the file."""
     offset, specs = read_header(path)
     shard = SourceWeights({key: Location(path, offset, spec) for key, spec in specs.items()})
     for key in state_names(layer):
-        full = f"{name}.{key}"
+        full = stored(f"{name}.{key}")
         if full in specs:
             tensor = shard.read(full)
             assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)

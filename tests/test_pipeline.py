@@ -322,13 +322,12 @@ def test_other_models_that_are_refused(
     assert not output.exists()
 
 
-def test_a_layer_without_plain_linears_is_refused(tiny_model: Path, tmp_path: Path, capsys: Capture) -> None:
-    model = tmp_path / "falcon"
-    config = transformers.FalconConfig(vocab_size=264, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+def test_a_layer_without_linears_is_refused(tiny_model: Path, tmp_path: Path, capsys: Capture) -> None:
+    model = tmp_path / "gpt2"
+    config = transformers.GPT2Config(vocab_size=264, n_embd=64, n_layer=1, n_head=4)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
-    for skip in ([], ["--skip", "*dense*"]):
-        error = refused(capsys, 3, ["--model", str(model), "--output", str(tmp_path / "out"), *skip])
-        assert "FalconForCausalLM has no plain nn.Linear in its layers to quantize" in error
+    error = refused(capsys, 3, ["--model", str(model), "--output", str(tmp_path / "out")])
+    assert "GPT2LMHeadModel: no list of decoder layers was found in it" in error
 
 
 def test_the_plan_and_the_result_of_a_run(
@@ -341,8 +340,8 @@ def test_the_plan_and_the_result_of_a_run(
     for line in (
         "model    tiny, LlamaForCausalLM, 3 layers, ",
         "method   awq, int4 symmetric, groups of 64; 21 linears, left alone: 1",
-        "data     4 windows of 32 tokens; their hidden states take 32.0 KiB",
-        "loads here and in transformers, vLLM",
+        "data     4 windows of 32 tokens; their hidden states take 32.0 KiB, in memory",
+        "of memory on (context of 2048 tokens), and in transformers, vLLM",
     ):
         assert line in printed.err
     assert f"{output}: " in printed.out
@@ -384,7 +383,7 @@ def test_the_size_is_known_before(
     expected_bytes: list[int] = []
 
     def card(*arguments: Any) -> bytes:
-        expected_bytes.append(arguments[-1])
+        expected_bytes.append(arguments[-2])
         return b""
 
     monkeypatch.setattr("quant.pipeline.model_card", card)
@@ -521,41 +520,6 @@ def test_8_bits_are_much_nearer_to_the_original_than_4(tiny_model: Path, tmp_pat
     assert 0 < errors[8] < errors[4] / 10
 
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0},
-    "Phi3": {},
-    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
-}
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@torch.inference_mode()
-def test_other_architectures_go_all_the_way(
-    tiny_model: Path, calibration_text: Path, tmp_path: Path, kind: str
-) -> None:
-    """Calibrated, written, and run by the executor as by a transformers model with the same weights."""
-    shared = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    tokens = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.2}
-    config = getattr(transformers, f"{kind}Config")(**{**shared, **heads, **tokens, **ARCHITECTURES[kind]})
-    built = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in built.parameters():
-        parameter += 0.05 * torch.randn_like(parameter)
-    model, output = tmp_path / "model", tmp_path / "out"
-    built.to(torch.bfloat16).save_pretrained(model)
-    copy_tokenizer(tiny_model, model)
-    arguments = ["--model", str(model), "--output", str(output), "--calibration", str(calibration_text), *SHORT]
-    assert awq.main(arguments) == 0
-    assert not any(report["fallback"] for report in Checkpoint.open(output).layer_errors.values())
-    expected = reference(model, output, torch.float32)(TOKENS).logits
-    found = load(output, dtype=torch.float32, mode="exact")(TOKENS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(TOKENS).logits
-    assert (original - expected).abs().max() > 1e-3
-
-
 def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
     cards = {}
     for name, flags in (("symmetric", []), ("asymmetric", ["--asymmetric"])):
@@ -574,7 +538,7 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
             f"in 4 bits, {name}, groups of 32; calibrated on 4 windows of 32 tokens of {calibration_text.name}" in words
         )
         assert f"(sha256 {recipe.calibration_sha256}), seed 3" in words
-        assert f"python -m offload.generate --model {name} --cpu-memory" in words
+        assert f"python -m offload.generate --model {name} --cpu-memory 512MiB" in words
         assert f'AutoModelForCausalLM.from_pretrained("{name}"' in words
     assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in cards["asymmetric"]
     assert "dequantize=True" not in cards["symmetric"]

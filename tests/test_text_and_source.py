@@ -301,6 +301,10 @@ def test_a_configuration_loses_its_quantization_only(tmp_path: Path) -> None:
     assert not hasattr(config, "quantization_config")
 
 
+def test_an_infinity_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    assert read_config(write_config(tmp_path, limit=[0.5, {"__float__": "Infinity"}])).limit == [0.5, float("inf")]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -24,6 +24,7 @@ from offload.errors import CheckpointError
 from offload.skeleton import assign, decoder_layers
 from offload.text import load_text, sample_windows, tokenize
 from quant import awq, rtn
+from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, minmax, pack_weight
 from quant.pipeline import run_method
 from quant.walk import Walk, release, restore, stored_tensors
@@ -308,6 +309,9 @@ class Spoiling:
 
     def settings_json(self) -> dict[str, Any]:
         return {}
+
+    def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
+        return Cost.of_rounding(shapes)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: Any, names: list[str], grid: Grid, head_dim: int

@@ -1,0 +1,203 @@
+"""What a run takes, said before it starts: memory at its peak, disk, time, and where the result will load.
+
+Memory is the process's own, with Python and the libraries in it, and the code of these. Every figure is an upper bound
+from shapes alone; `--cpu-memory` is kept by putting hidden states on disk, and by refusing what would not fit even so.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from offload.command import format_bytes, format_seconds
+from offload.errors import ResourceError
+from offload.experts import Experts
+from offload.memory import own_memory_bytes, trim_memory
+from offload.needs import CODE_BYTES, Needs, activation_bytes, cache_bytes
+from offload.skeleton import decoder_layers
+from quant.cost import FLOAT_BYTES, Windows
+from quant.layer import linears
+from quant.plan import Plan
+from quant.walk import Method
+from quant.walk_inputs import BATCH_SAMPLES
+
+_RESERVE_BYTES = 48 << 20
+"""Pieces of the source while it is checked; what the allocator and the mathematical libraries keep for themselves."""
+
+RUNTIME_BYTES = CODE_BYTES + (290 << 20)
+"""Python and libraries in the command that runs a checkpoint: 275 MiB of their own were measured with torch 2.13."""
+
+_DISK_BYTES_PER_SECOND = 300e6
+_READS_OF_SOURCE = 4
+_CONTEXT_TOKENS, _CHUNK_TOKENS = 2048, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The bytes of a run.
+
+    runtime: Python and libraries, their code included. around: embeddings and what else lies outside the layers, while
+    it is in memory. layer: the largest layer, in float32 and packed. method: what the method needs besides it.
+    activations: of the samples that run at once. states: hidden states of all samples. output: the checkpoint.
+    spilled: whether the states are on disk. seconds: about.
+    """
+
+    runtime_bytes: int
+    around_bytes: int
+    layer_bytes: int
+    method_bytes: int
+    activation_bytes: int
+    states_bytes: int
+    output_bytes: int
+    seconds: float
+    spilled: bool = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that the process will have."""
+        at_work = max(self.around_bytes, self.layer_bytes + self.method_bytes + self.activation_bytes)
+        return self.runtime_bytes + _RESERVE_BYTES + at_work + (0 if self.spilled else self.states_bytes)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the output's disk has to have."""
+        return self.output_bytes + (self.states_bytes if self.spilled else 0)
+
+    def within(self, budget_bytes: int | None) -> "Footprint":
+        """Return the same, the states spilled if that is what it takes. Raises ResourceError if that is not enough."""
+        if budget_bytes is None or self.peak_bytes <= budget_bytes:
+            return self
+        spilled = replace(self, spilled=True)
+        if spilled.peak_bytes <= budget_bytes:
+            return spilled
+        smallest_mib = -(-spilled.peak_bytes // (1 << 20))  # rounded up: it is to be tried
+        parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in spilled.parts() if size)
+        raise ResourceError(
+            f"--cpu-memory {format_bytes(budget_bytes)}: too small for this run; at least {smallest_mib} MiB is "
+            f"needed: {parts}"
+        )
+
+    def parts(self) -> list[tuple[str, int]]:
+        """Return the memory by purpose, in words. Embeddings and layers are not in memory at the same time."""
+        return [
+            ("Python, torch, transformers and a reserve", self.runtime_bytes + _RESERVE_BYTES),
+            ("embeddings or head, before or after the layers", self.around_bytes),
+            ("the largest layer, in float32 and packed", self.layer_bytes),
+            ("statistics and searches", self.method_bytes),
+            ("activations", self.activation_bytes),
+            ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
+        ]
+
+
+def footprint(plan: Plan, method: Method, windows: Windows | None) -> Footprint:
+    """Compute what a run takes, from shapes. windows: None for a method that sees nothing."""
+    _, layers = decoder_layers(plan.model)
+    shapes = [[(x.out_features, x.in_features) for x in linears(layer).values()] for layer in layers]
+    costs = [method.cost(layer_shapes, plan.grid, windows) for layer_shapes in shapes]
+    values = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    copies = 2 if method.needs_original else 1
+    seconds = sum(cost.operations for cost in costs) / _operations_per_second()
+    trim_memory()
+    return Footprint(
+        runtime_bytes=own_memory_bytes() + CODE_BYTES,
+        around_bytes=_around_bytes(plan, windows),
+        layer_bytes=values * FLOAT_BYTES * copies + max(plan.layers_bytes),
+        method_bytes=max(cost.memory_bytes for cost in costs),
+        activation_bytes=0 if windows is None else max(_activation_bytes(plan, layer, windows) for layer in layers),
+        states_bytes=0 if windows is None else _states_bytes(plan, windows) * (3 if method.needs_original else 1),
+        output_bytes=plan.expected_bytes,
+        seconds=seconds + _READS_OF_SOURCE * plan.source.nbytes / _DISK_BYTES_PER_SECOND,
+    )
+
+
+def _states_bytes(plan: Plan, windows: Windows) -> int:
+    return FLOAT_BYTES * windows.samples * windows.tokens * plan.hidden_size
+
+
+def _around_bytes(plan: Plan, windows: Windows | None) -> int:
+    """Return what lies outside the layers, as it is written; in float32 and as it is read, where the layers are fed."""
+    prefix, _ = decoder_layers(plan.model)
+    outer = {name: place.spec for name, place in plan.source.locations.items() if not name.startswith(f"{prefix}.")}
+    written = sum(spec.nbytes for spec in outer.values())
+    if windows is None:
+        return written
+    parent = prefix.rpartition(".")[0]
+    fed = [spec for name, spec in outer.items() if name.startswith(f"{parent}.")]
+    as_floats = sum(FLOAT_BYTES * spec.nbytes // spec.dtype.itemsize for spec in fed)
+    return max(written, as_floats + max((spec.nbytes for spec in fed), default=0))
+
+
+def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
+    """Return what a batch holds if all inputs and outputs of linears stay; outputs of held-out samples; search inputs.
+
+    An expert sees its share of the tokens. Attention that is computed step by step holds scores of all pairs.
+    """
+    per_token = float(4 * plan.hidden_size)
+    for name, module in layer.named_modules():
+        if type(module) is nn.Linear:
+            per_token += _share_of_tokens(plan, layer, name) * (module.in_features + 2 * module.out_features)
+    scores = 3 * plan.heads * windows.tokens if plan.eager else 0
+    batch = BATCH_SAMPLES * windows.tokens * (per_token + scores)
+    kept_samples = -(-windows.samples // 8) + 3 * min(8, windows.samples)
+    return int(FLOAT_BYTES * (batch + kept_samples * windows.tokens * plan.hidden_size))
+
+
+def _share_of_tokens(plan: Plan, layer: nn.Module, name: str) -> float:
+    parents = [name.rsplit(".", cut)[0] for cut in range(1, name.count(".") + 1)]
+    experts = next((len(m) for p in parents if isinstance(m := layer.get_submodule(p), Experts)), None)
+    return 1.0 if experts is None else min(1.0, plan.experts_per_token / experts)
+
+
+def _operations_per_second() -> float:
+    """Measure float32 products on this machine, for a twentieth of a second."""
+    a = torch.randn(768, 768)
+    a @ a
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.05:
+        a @ a
+        count += 1
+    return float(2 * count * 768**3 / (time.perf_counter() - started))
+
+
+def describe(plan: Plan, method: str, output: Path, windows: Windows | None, needed: Footprint) -> str:
+    """Return what will be done, what will not, and what it takes, as lines for the person who waits."""
+    _, layers = decoder_layers(plan.model)
+    grid = plan.grid
+    kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
+    size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
+    lines = [
+        f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}",
+        f"method   {method}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}",
+        *(f"         left as it is, no linear: {what}" for what in plan.others),
+    ]
+    if windows is not None:
+        where = f"on the disk of {output}" if needed.spilled else "in memory"
+        states = f"their hidden states take {format_bytes(needed.states_bytes)}, {where}"
+        lines.append(f"data     {windows.samples} windows of {windows.tokens} tokens; {states}")
+    lines.append(f"memory   at most {format_bytes(needed.peak_bytes)} for the whole process")
+    lines += [f"  {format_bytes(part):>12}  {what}" for what, part in needed.parts() if part]
+    lines.append(f"time     about {format_seconds(needed.seconds)}, if nothing else runs here")
+    lines.append(f"output   {output}, about {format_bytes(plan.expected_bytes)}; {_where_it_loads(plan)}")
+    return "\n".join(lines)
+
+
+def _where_it_loads(plan: Plan) -> str:
+    """Say where the checkpoint will load, and with how little memory it will run here."""
+    here = format_bytes(smallest_memory(plan, own_memory_bytes() + CODE_BYTES))
+    others = "transformers, vLLM" if plan.grid.symmetric else "vLLM; transformers with dequantize=True"
+    return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens), and in {others}"
+
+
+def smallest_memory(plan: Plan, runtime_bytes: int = RUNTIME_BYTES) -> int:
+    """Return the bytes that a process needs to run the checkpoint, its layers on disk."""
+    config = plan.model.config
+    needs = Needs(
+        runtime_bytes=runtime_bytes,
+        fixed_bytes=_around_bytes(plan, None),
+        cache_bytes=cache_bytes(config, _CONTEXT_TOKENS, 2),
+        activation_bytes=activation_bytes(config, _CHUNK_TOKENS),
+        layers_bytes=plan.layers_bytes,
+    )
+    return needs.around_bytes + max(plan.layers_bytes)

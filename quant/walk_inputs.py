@@ -1,0 +1,139 @@
+"""What the decoder layers are called with during calibration, from the model's own code around them.
+
+Axes: S samples, T tokens, D hidden, B samples of a batch.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from offload.skeleton import assign, decoder_layers
+from quant.hidden_states import HiddenStates, fill, new_states
+from quant.layer import LayerInputs
+from quant.source_weights import SourceWeights
+
+BATCH_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WalkInputs:
+    """The inputs of the layer the walk stands at, and the arguments that each later layer will be called with.
+
+    spill_to: a directory for the hidden states, which are kept in memory without one.
+    """
+
+    at_layer: LayerInputs
+    arguments_by_layer: tuple[dict[str, Any], ...]
+
+    spill_to: Path | None = None
+
+    def original_outputs(self, layer: nn.Module) -> HiddenStates:
+        """Run `layer`, as yet unquantized, on what the unquantized model would give it; keep what comes out."""
+        inputs = self.at_layer.original()
+        first_BTD = next(iter(inputs.hidden_STD.split(1)))
+        return fill(new_states(len(inputs.hidden_STD), first_BTD, self.spill_to), inputs.outputs(layer))
+
+    def following(self, layer: nn.Module, index: int, original_STD: HiddenStates | None) -> "WalkInputs":
+        """Run `layer` and return the inputs of layer `index`, which comes after it, beside the unquantized model's.
+
+        These inputs are overwritten.
+        """
+        arguments = self.arguments_by_layer[index]
+        hidden_STD = fill(self.at_layer.hidden_STD, self.at_layer.outputs(layer))
+        inputs = LayerInputs(hidden_STD, arguments, batch_samples(arguments), original_STD)
+        return replace(self, at_layer=inputs)
+
+
+def first_inputs(
+    model: PreTrainedModel, source: SourceWeights, windows: Tensor, spill_to: Path | None = None
+) -> WalkInputs:
+    """Run everything before the decoder layers on windows [S, T] and return what the layers would be called with.
+
+    The tensors needed for that, embeddings mostly, are read for this call and dropped again.
+    """
+    prefix, layers = decoder_layers(model)
+    parent_name, _, list_name = prefix.rpartition(".")
+    base_name = model.base_model_prefix if model.base_model is not model else ""
+    parent, base = model.get_submodule(parent_name), model.get_submodule(base_name)
+    around = {
+        name: state
+        for name, state in model.state_dict().items()
+        if name.startswith(base_name) and not name.startswith(f"{prefix}.")
+    }
+    for name in around:
+        tensor = source.read(name)
+        assign(model, name, tensor.float() if tensor.is_floating_point() else tensor)
+    recorders = [_Recorder(layer) for layer in layers]
+    parent._modules[list_name] = nn.ModuleList(recorders)
+    try:
+        _find_out_what_layers_return(base, recorders, windows[:1])
+        states = new_states(len(windows), recorders[0].hidden_BTD, spill_to)
+        fill(states, (_recorded(base, recorders, window_T[None]) for window_T in windows))
+    finally:
+        parent._modules[list_name] = layers
+    for name, state in around.items():
+        assign(model, name, state)
+    arguments = tuple(recorder.arguments for recorder in recorders)
+    return WalkInputs(LayerInputs(states, arguments[0], batch_samples(arguments[0])), arguments, spill_to)
+
+
+def _recorded(base: nn.Module, recorders: list["_Recorder"], input_ids: Tensor) -> Tensor:
+    """Run the model around the recorders and return what the first layer would be called with."""
+    base(input_ids=input_ids, use_cache=False)
+    return recorders[0].hidden_BTD
+
+
+def _find_out_what_layers_return(base: nn.Module, recorders: list["_Recorder"], input_ids: Tensor) -> None:
+    """Let the recorders return a tuple if the model takes the first of what a layer returns: the next one shows it."""
+    try:
+        _recorded(base, recorders, input_ids)
+        fits = all(recorder.hidden_BTD.shape == recorders[0].hidden_BTD.shape for recorder in recorders)
+    except Exception:  # a hidden state that lost an axis can fail anywhere
+        fits = False
+    if not fits:
+        for recorder in recorders:
+            recorder.returns_tuple = True
+        _recorded(base, recorders, input_ids)
+
+
+def batch_samples(arguments: dict[str, Any]) -> int:
+    """Return how many samples may go through a layer at once with the arguments of a call for one.
+
+    A tensor of several axes whose first is not 1 is not one for every sample, the biases of BLOOM's heads say: it would
+    have to be repeated, and how is not to be seen from here.
+    """
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return BATCH_SAMPLES if all(tensor.dim() < 2 or len(tensor) == 1 for tensor in tensors) else 1
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was, passes hidden states on, and remembers how the layer would have been called."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)
+        self.hidden_BTD, self.returns_tuple = torch.empty(0), False
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the layer where the model asks for an attribute of it, its kind of attention say."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Record the call by the names of the layer's own signature; the hidden states are its first argument."""
+        bound = inspect.signature(type(self.layer).forward).bind(self.layer, *args, **kwargs)
+        named = {key: value for key, value in bound.arguments.items() if key != "kwargs"}
+        named |= bound.arguments.get("kwargs", {})
+        _, first, *_ = named
+        hidden_BTD: Tensor = named.pop("hidden_states" if "hidden_states" in named else first)
+        self.hidden_BTD, self.arguments = hidden_BTD, {key: value for key, value in named.items() if key != "self"}
+        return (hidden_BTD,) if self.returns_tuple else hidden_BTD
