@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from offload.transfer import read_blob
 _READ_BYTES = 512 << 20
 _MODELS = Path("checkpoints") / "random"
 _PACKAGES = {"ours": "offload", "llama.cpp": "llama_cpp", "accelerate": "accelerate"}
+_DISTRIBUTIONS = {"llama.cpp": "llama-cpp-python", "accelerate": "accelerate"}
 _SUFFIXES = {"ours": "int4", "llama.cpp": "gguf", "accelerate": "bf16"}
 _WRITERS: dict[str, Callable[[ModelShape, Path], None]] = {
     "ours": write_checkpoint,
@@ -261,6 +263,7 @@ def _row(
     row: dict[str, Any] = {
         "shape": shape,
         "engine": engine,
+        "engine_version": version(_DISTRIBUTIONS[engine]) if engine in _DISTRIBUTIONS else "",
         "budget_bytes": budget_bytes or "",
         "tokens_per_s": round(1 / decode.median, 3),
         "p20_ms": round(decode.percentile(0.2) * 1e3, 2),
