@@ -5,8 +5,9 @@ Rounding (arXiv:2210.17323, section 3): with G = E[x x^T] of a linear's inputs a
 
     w_j -= (w_i - q_i) U_ij / U_ii      for j > i
 
-which is the best that the later columns can do about it. Columns with loud inputs go first, their groups' scales and
-zero points are fixed beforehand, and the file has them in their own places: the order costs nothing at inference.
+which is the best that the later columns can do about it, and leaves a loss of (w_i - q_i)^2 / U_ii^2. Columns with loud
+inputs go first, their groups' scales and zero points are fixed beforehand, for the least sum of those losses, and the
+file has them in their own places: the order costs nothing at inference.
 
 Three things around it. AWQ's scales go into the layer first. Linears are quantized in the order in which a layer runs
 them, each on the inputs that the rounded ones before it give. And what those inputs lack is put into the weights (QEP,
@@ -23,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.awq import AwqSettings, scale_layer, search_clip
+from quant.awq import AwqSettings, scale_layer, search_clip_by_column
 from quant.groupwise import Grid, Parameters, fake_quantize
-from quant.layer import LayerInputs, Moments, inputs_of
+from quant.layer import LayerInputs, inputs_of
 from quant.scale_groups import sets_by_input
 
 _BLOCK_COLUMNS = 64
@@ -62,7 +63,7 @@ class Gptq:
         return asdict(self.settings)
 
     def quantize_layer(
-        self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int
+        self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
         """Leave representable weights in the named linears of `layer` (float32) and return their parameters.
 
@@ -71,10 +72,10 @@ class Gptq:
         settings = self.settings
         report: dict[str, Any] = {}
         if settings.scale:
-            _, report = scale_layer(layer, inputs, names, grid, head_dim, settings.search)
+            _, report = scale_layer(layer, inputs, grids, head_dim, settings.search)
         original = copy.deepcopy(layer) if self.needs_original else None
         found = {}
-        for members in sets_by_input(layer, inputs, names):
+        for members in sets_by_input(layer, inputs, list(grids)):
             gram, cross = observe(layer, original, inputs, members[0])
             hessian = Hessian.of(gram, settings.damping)
             if hessian.damping > settings.damping:
@@ -84,7 +85,7 @@ class Gptq:
                 weight = parameter.data
                 if cross is not None:
                     weight = propagate(weight, hessian, cross, settings.propagation)
-                found[name], parameter.data = round_weight(weight, hessian, grid, settings.search)
+                found[name], parameter.data = round_weight(weight, hessian, grids[name], settings.search)
         return found, report
 
 
@@ -147,6 +148,16 @@ class Hessian:
         factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         return Hessian(gram, order, factor, damping)
 
+    def importance(self) -> Tensor:
+        """Return what an error of 1 in a column costs when the later ones make up for it, float64 [K]: 1 / U_ii^2.
+
+        The carried rounding's whole (damped) loss is the sum of these times the squared errors, so they and not the
+        diagonal of G are what its groups' ranges are best searched under.
+        """
+        importance = torch.empty_like(self.factor[0])
+        importance[self.order] = self.factor.diagonal() ** -2
+        return importance
+
     def loss(self, difference: Tensor) -> Tensor:
         """Return E[|d x|^2] of every row d of a float64 difference [N, K], undamped: [N]."""
         return ((difference @ self.gram) * difference).sum(1)
@@ -167,10 +178,9 @@ def propagate(weight: Tensor, hessian: Hessian, cross: Tensor, share: float) -> 
 def round_weight(weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings) -> tuple[Parameters, Tensor]:
     """Return parameters and the weight rounded to their grid, both float32, for a float32 weight [N, K].
 
-    A row that carrying errors makes worse is rounded to nearest, so none is worse than under `search_clip` alone.
+    A row that carrying makes worse than rounding to nearest under the same parameters is so rounded.
     """
-    gram = hessian.gram.float()
-    parameters = search_clip(weight, Moments(gram, gram.diagonal()), grid, search)
+    parameters = search_clip_by_column(weight, hessian.importance().float(), grid, search)
     nearest = fake_quantize(weight, parameters, grid).double()
     carried = round_columns(weight.double(), hessian, parameters, grid)
     worse = hessian.loss(carried - weight) >= hessian.loss(nearest - weight)
@@ -207,11 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    tiers = {
-        "best": lambda: Gptq(GptqSettings()),
-        "fast": lambda: Gptq(GptqSettings(scale=False, propagation=0)),
-    }
-    return run_method("gptq", tiers["best"], argv, tiers)
+    tiers = {"best": GptqSettings(), "fast": GptqSettings(scale=False, propagation=0.0)}
+    return run_method("gptq", Gptq, argv, tiers)
 
 
 if __name__ == "__main__":

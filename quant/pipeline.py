@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,20 @@ import transformers
 from torch import Tensor, nn
 
 import offload
-from kernels.packed import BITS, GROUP_SIZES, codes_per_word
+from kernels.packed import GROUP_SIZES
 from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, is_checkpoint, read_json
 from offload.checkpoint_writer import open_writer
-from offload.command import Parser, format_bytes, format_seconds, run, say
+from offload.command import format_bytes, format_seconds, run, say
 from offload.errors import InputError, ResourceError, UsageError
+from offload.memory import peak_memory_bytes
 from offload.skeleton import build_skeleton, decoder_layers, read_config
 from offload.source import model_name, resolve_model
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
+from quant.flags import method_parser, with_changes
 from quant.groupwise import Grid
 from quant.layer import linears
 from quant.model_card import model_card
+from quant.sensitivity import average_bits, widen
 from quant.source_weights import SourceWeights
 from quant.walk import Method, Walk
 
@@ -40,14 +43,15 @@ _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 class Plan:
     """What a run will do, known before it does anything.
 
-    quantized, skipped: full names of the linears. expected_bytes: size of the checkpoint.
+    grids: of the linears that are quantized, by full name; skipped: those that are not. grid: where nothing asks for
+    another. expected_bytes: size of the checkpoint.
     """
 
     name: str
     directory: Path
     model: nn.Module
     source: SourceWeights
-    quantized: tuple[str, ...]
+    grids: dict[str, Grid]
     skipped: tuple[str, ...]
     grid: Grid
     head_dim: int
@@ -57,54 +61,21 @@ class Plan:
     expected_bytes: int
 
 
-def run_method(
-    name: str,
-    make: Callable[[], Method],
-    argv: list[str] | None,
-    tiers: Mapping[str, Callable[[], Method]] | None = None,
-) -> int:
-    """Run `python -m quant.<name>` with a method made by `make`, or what `--tier` names; returns the exit status."""
+def run_method(name: str, make: Callable[[Any], Method], argv: list[str] | None, tiers: Mapping[str, Any]) -> int:
+    """Run `python -m quant.<name>`, its method made of a tier's settings, the first's by default."""
 
     def command(arguments: list[str]) -> None:
-        parser = _parser(name, make().needs_inputs)
-        if tiers is not None:
-            parser.add_argument("--tier", choices=list(tiers), default=next(iter(tiers)), help="how much work to spend")
+        default = next(iter(tiers))
+        parser = method_parser(name, make(tiers[default]).needs_inputs)
+        parser.set_defaults(tier=default, set=[])
+        if len(tiers) > 1:
+            parser.add_argument("--tier", choices=list(tiers), default=default, help="how much work to spend")
+        if tiers[default] is not None:
+            parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="change a setting; repeatable")
         options = parser.parse_args(arguments)
-        quantize(make() if tiers is None else tiers[options.tier](), options)
+        quantize(make(with_changes(tiers[options.tier], options.set)), options)
 
     return run(command, argv)
-
-
-def _parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
-    parser = Parser(f"quant.{name}", f"Quantize a causal language model with {name.upper()}, layer by layer.")
-    add = parser.add_argument
-    add("-m", "--model", help="directory or hub id; without it the embedded SmolLM2-135M-Instruct")
-    add("-o", "--output", type=Path, help="directory to write; default checkpoints/NAME-METHOD-intBITS-gGROUP")
-    add("--bits", type=int, default=4, choices=BITS, help="bits of a weight")
-    add(
-        "--group-size",
-        choices=["32", "64", "128", "row"],
-        help="inputs that share a scale; default: the largest that fits",
-    )
-    symmetry = parser.add_mutually_exclusive_group()
-    symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=True, help="no zero points")
-    symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
-    add("--skip", action="append", default=[], metavar="GLOB", help="linears to leave as they are, by name; repeatable")
-    add("--seed", type=int, default=0, help="chooses the calibration windows")
-    add("--overwrite", action="store_true", help="replace a checkpoint this toolkit wrote")
-    add("--json", action="store_true", help="print one JSON object about the result on stdout")
-    if needs_inputs:
-        add("--calibration", metavar="FILE|DATASET", help="text; default: half of the topics of pydoc_data")
-        add("--num-samples", type=_positive, default=64, help="windows of calibration text")
-        add("--seq-len", type=_positive, default=512, help="tokens of a window")
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not above zero")
-    return value
 
 
 @torch.no_grad()
@@ -113,9 +84,13 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     started = time.monotonic()
     plan = make_plan(options)
     name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
+    name += "" if options.target_bits is None else f"-{options.target_bits:g}bits"
     output: Path = options.output or Path("checkpoints") / name
-    _check_output(output, plan)
     windows, calibration = _calibration(method, options, plan)
+    if windows is not None and options.target_bits is not None:
+        grids = widen(plan.model, plan.source, plan.grids, windows, options.target_bits)
+        plan = replace(plan, grids=grids, expected_bytes=_expected_bytes(plan.source, plan.model, grids))
+    _check_output(output, plan)
     _print_plan(plan, method, output, windows)
     recipe = Recipe(
         method=method.name,
@@ -128,6 +103,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         seed=options.seed,
         settings=method.settings_json(),
         versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        wide=tuple(key for key, grid in plan.grids.items() if grid.bits > plan.grid.bits),
         **calibration,
     )
     _, layers = decoder_layers(plan.model)
@@ -135,9 +111,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         if writer.complete:
             say(f"{output}: already complete")
         else:
-            Walk(plan.model, plan.source, writer, method, plan.grid, frozenset(plan.skipped), plan.head_dim).run(
-                windows
-            )
+            Walk(plan.model, plan.source, writer, method, plan.grids, plan.head_dim).run(windows)
             card = model_card(plan.name, output.name, recipe, plan.source.nbytes, plan.expected_bytes)
             writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
     _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
@@ -165,6 +139,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     dtypes = {source.locations[f"{key}.weight"].spec.dtype for key in quantized}
     scale_dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
     grid = Grid(group_size, options.symmetric, scale_dtype, options.bits)
+    grids = dict.fromkeys(quantized, grid)
     text_config = config.get_text_config(decoder=True)
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return Plan(
@@ -172,14 +147,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         directory=directory,
         model=model,
         source=source,
-        quantized=tuple(quantized),
+        grids=grids,
         skipped=tuple(outside + skipped),
         grid=grid,
         head_dim=head_dim,
         hidden_size=text_config.hidden_size,
         vocabulary=text_config.vocab_size,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
-        expected_bytes=_expected_bytes(source, quantized, grid),
+        expected_bytes=_expected_bytes(source, model, grids),
     )
 
 
@@ -243,14 +218,11 @@ def _matching(glob: str, names: list[str]) -> list[str]:
     return matching
 
 
-def _expected_bytes(source: SourceWeights, quantized: dict[str, nn.Linear], grid: Grid) -> int:
-    total, per_word = source.nbytes, codes_per_word(grid.bits)
-    for name, linear in quantized.items():
-        groups = linear.in_features // grid.group(linear.in_features)
-        scale_bytes = 2 * linear.out_features * groups
-        zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
-        packed_bytes = 4 * linear.out_features * linear.in_features // per_word
-        total += packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
+def _expected_bytes(source: SourceWeights, model: nn.Module, grids: Mapping[str, Grid]) -> int:
+    total = source.nbytes
+    for name, grid in grids.items():
+        shape_bytes, stored_bytes = 16, grid.stored_bytes(*model.get_parameter(f"{name}.weight").shape)
+        total += stored_bytes + shape_bytes - source.locations[f"{name}.weight"].spec.nbytes
     return total
 
 
@@ -289,9 +261,14 @@ def _print_plan(plan: Plan, method: Method, output: Path, windows: Tensor | None
     grid = plan.grid
     kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
     size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
-    loads = "transformers, vLLM" if grid.symmetric else "vLLM; transformers with dequantize=True"
+    wide = sum(each.bits > grid.bits for each in plan.grids.values())
+    loads = "transformers, vLLM"
+    if not grid.symmetric:  # transformers 5.23 dequantizes every linear by the first group's bits
+        loads = "vLLM" if wide else "vLLM; transformers with dequantize=True"
     say(f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}")
-    say(f"method   {method.name}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}")
+    say(f"method   {method.name}, {kind}, {size}; {len(plan.grids)} linears, left alone: {len(plan.skipped)}")
+    if wide:
+        say(f"widths   {wide} linears in 8 bits; {average_bits(plan.model, plan.grids):.3f} bits a weight, all counted")
     if windows is not None:
         hidden_bytes = windows.numel() * plan.hidden_size * 4
         say(
@@ -320,6 +297,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "output": str(checkpoint.directory),
         "method": checkpoint.recipe.method,
         "bits": checkpoint.recipe.bits,
+        "bits_per_weight": round(average_bits(plan.model, plan.grids), 4),
         "group_size": checkpoint.recipe.group_size,
         "symmetric": checkpoint.recipe.symmetric,
         "source_bytes": plan.source.nbytes,
@@ -329,6 +307,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
         "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
     if as_json:
         print(json.dumps(result))

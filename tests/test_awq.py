@@ -253,7 +253,7 @@ def quantize(
     layer: Layer, inputs: LayerInputs, grid: Grid, settings: AwqSettings
 ) -> tuple[Layer, dict[str, Parameters]]:
     scaled = copy.deepcopy(layer)
-    found, _ = Awq(settings).quantize_layer(scaled, inputs, list(linears(scaled)), grid, 16)
+    found, _ = Awq(settings).quantize_layer(scaled, inputs, dict.fromkeys(linears(scaled), grid), 16)
     return scaled, found
 
 
@@ -261,7 +261,7 @@ def test_without_scales_and_clipping_it_is_round_to_nearest(layer: Layer, inputs
     grid = Grid(32, False)
     nothing = AwqSettings(scale_points=0, clip_points=1, clip_floor=1, search_samples=8)
     unscaled, found = quantize(layer, inputs, grid, nothing)
-    nearest, _ = Rtn().quantize_layer(layer, None, list(linears(layer)), grid, 16)
+    nearest, _ = Rtn().quantize_layer(layer, None, dict.fromkeys(linears(layer), grid), 16)
     assert all(torch.equal(layer.state_dict()[key], tensor) for key, tensor in unscaled.state_dict().items())
     assert found.keys() == nearest.keys()
     for name, parameters in found.items():
