@@ -31,13 +31,14 @@ class AwqSettings:
     """How finely AWQ searches.
 
     scale_points: values of r in (0, 1]. clip_points: shrink factors of a group's range, from 1 down to clip_floor.
-    search_samples: samples on which block outputs are compared; moments always see all of them.
+    search_samples: samples on which block outputs are compared; moments always see all of them. In two layers of
+    SmolLM2-135M, 2 of 512 tokens chose scales whose loss on 16 is within 0.3% of that of 8's choice.
     """
 
     scale_points: int = 20
     clip_points: int = 12
     clip_floor: float = 0.4
-    search_samples: int = 8
+    search_samples: int = 2
 
 
 class Awq:
@@ -250,7 +251,7 @@ def _clip_group(weight: Tensor, error: Callable[[Tensor], Tensor], grid: Grid, s
 def _rounded(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
     """Round one group [N, G] to the grids of `parameters`, [N] or [candidates, N]."""
     scale, zero = parameters.scale[..., None], parameters.zero[..., None]
-    return ((weight / scale + zero).round_().clamp_(0, grid.code_max) - zero) * scale
+    return (weight / scale).add_(zero).round_().clamp_(0, grid.code_max).sub_(zero).mul_(scale)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from quant.awq import AwqSettings, scale_layer, search_clip_by_column
 from quant.groupwise import Grid, Parameters, fake_quantize
-from quant.layer import LayerInputs, inputs_of
+from quant.layer import LayerInputs, inputs_of, moments
 from quant.scale_groups import sets_by_input
 
 _BLOCK_COLUMNS = 64
@@ -37,12 +37,14 @@ _DAMPING_STEP = 10.0
 class GptqSettings:
     """What GPTQ does besides rounding.
 
-    damping: added to the diagonal of G, in units of its mean. propagation: the share of the error of the inputs that
-    the weights make up for; 0 needs no unquantized inputs. scale: AWQ's scales first. search: how finely scales and
-    clips are searched.
+    damping: added to the diagonal of G, in units of its mean. sequential: each linear on the inputs that the rounded
+    ones before it give; else on the inputs that all have before any is rounded, which one pass shows. propagation: the
+    share of the error of the inputs that the weights make up for, 0 if not sequential. scale: AWQ's scales first.
+    search: how finely scales and clips are searched.
     """
 
     damping: float = 0.01
+    sequential: bool = True
     propagation: float = 0.5
     scale: bool = True
     search: AwqSettings = field(default_factory=AwqSettings)
@@ -56,7 +58,7 @@ class Gptq:
 
     def __init__(self, settings: GptqSettings) -> None:
         self.settings = settings
-        self.needs_original = settings.propagation > 0
+        self.needs_original = settings.sequential and settings.propagation > 0
 
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result."""
@@ -75,8 +77,12 @@ class Gptq:
             _, report = scale_layer(layer, inputs, grids, head_dim, settings.search)
         original = copy.deepcopy(layer) if self.needs_original else None
         found = {}
+        seen = {} if settings.sequential else moments(layer, inputs, grids)
         for members in sets_by_input(layer, inputs, list(grids)):
-            gram, cross = observe(layer, original, inputs, members[0])
+            first = members[0]
+            gram, cross = (seen[first].gram.double(), None) if seen else observe(layer, original, inputs, first)
+            if not torch.isfinite(gram).all():
+                raise ArithmeticError(f"{first}: its inputs are not finite")
             hessian = Hessian.of(gram, settings.damping)
             if hessian.damping > settings.damping:
                 report[f"damping of {', '.join(members)}"] = hessian.damping
@@ -95,7 +101,7 @@ def observe(
     """Return E[x x^T] and E[x0 x^T], float64 [K, K], of the inputs x of a linear and x0 of the same in `original`.
 
     The second is None without `original`, and where the two do not see the same tokens, as behind a router. Raises
-    ValueError if no sample calls the linear, ArithmeticError if its inputs are not finite.
+    ValueError if no sample calls the linear.
     """
     width = layer.get_parameter(f"{name}.weight").shape[1]
     gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
@@ -110,8 +116,6 @@ def observe(
             cross += x0_TK.T @ x_TK
     if not tokens:
         raise ValueError(f"{name}: not called by any calibration sample")
-    if not torch.isfinite(gram).all():
-        raise ArithmeticError(f"{name}: its inputs are not finite")
     return gram / tokens, cross / tokens if paired else None
 
 
@@ -217,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    tiers = {"best": GptqSettings(), "fast": GptqSettings(scale=False, propagation=0.0)}
+    tiers = {"best": GptqSettings(), "fast": GptqSettings(sequential=False, propagation=0.0, scale=False)}
     return run_method("gptq", Gptq, argv, tiers)
 
 

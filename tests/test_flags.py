@@ -9,7 +9,8 @@ from quant.awq import AwqSettings
 from quant.flags import with_changes
 from quant.gptq import GptqSettings
 
-NAMES = "damping, propagation, scale, search.scale_points, search.clip_points, search.clip_floor, search.search_samples"
+NAMES = "damping, sequential, propagation, scale, "
+NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.search_samples"
 
 
 def test_a_setting_is_changed_by_its_name() -> None:

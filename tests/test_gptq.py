@@ -218,15 +218,22 @@ def test_what_is_never_called_and_what_is_not_finite_are_errors(layer: Layer) ->
         observe(layer, None, layer_inputs(), "mlp.spare")
     inputs = layer_inputs()
     inputs.hidden_STD[0, 0, 0] = float("inf")
-    with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
-        observe(layer, None, inputs, "mlp.gate")
+    for sequential in (True, False):
+        method = Gptq(GptqSettings(sequential=sequential, scale=False, search=SEARCH))
+        with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
+            method.quantize_layer(layer, inputs, dict.fromkeys(linears(layer), Grid(32, True)), 16)
 
 
 @pytest.mark.parametrize(
-    "settings", [GptqSettings(search=SEARCH), GptqSettings(propagation=0, scale=False, search=SEARCH)]
+    "settings",
+    [
+        GptqSettings(search=SEARCH),
+        GptqSettings(propagation=0, scale=False, search=SEARCH),
+        GptqSettings(sequential=False, propagation=0, scale=False, search=SEARCH),
+    ],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_each_set_is_rounded_on_what_the_earlier_sets_give(
+def test_each_set_is_rounded_on_what_the_earlier_sets_give_or_the_original(
     layer: Layer, settings: GptqSettings, symmetric: bool
 ) -> None:
     grid, inputs, names = Grid(32, symmetric), layer_inputs(), list(linears(layer))
@@ -238,7 +245,7 @@ def test_each_set_is_rounded_on_what_the_earlier_sets_give(
         weight = layer.get_parameter(f"{name}.weight").data
         assert torch.equal(fake_quantize(weight, found[name], grid), weight)
     if not settings.scale:
-        gram, _ = observe(layer, None, inputs, "mlp.down")
+        gram, _ = observe(layer if settings.sequential else before, None, inputs, "mlp.down")
         _, expected = round_weight(before.mlp.down.weight, Hessian.of(gram, settings.damping), grid, SEARCH)
         assert torch.equal(layer.mlp.down.weight, expected)
     reference = inputs.original().run(before)
