@@ -88,6 +88,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     output: Path = options.output or Path("checkpoints") / name
     windows, calibration = _calibration(method, options, plan)
     if windows is not None and options.target_bits is not None:
+        plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
         grids = widen(plan.model, plan.source, plan.grids, windows, options.target_bits)
         plan = replace(plan, grids=grids, expected_bytes=_expected_bytes(plan.source, plan.model, grids))
     _check_output(output, plan)

@@ -221,7 +221,7 @@ def test_what_is_never_called_and_what_is_not_finite_are_errors(layer: Layer) ->
     for sequential in (True, False):
         method = Gptq(GptqSettings(sequential=sequential, scale=False, search=SEARCH))
         with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
-            method.quantize_layer(layer, inputs, dict.fromkeys(linears(layer), Grid(32, True)), 16)
+            method.quantize_layer(layer, inputs, dict.fromkeys(["mlp.gate", "mlp.down"], Grid(32, True)), 16)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from offload.linear import PackedLinear
 from offload.skeleton import build_skeleton, read_config
 from offload.text import load_text, sample_windows, tokenize
 from quant import awq, gptq
-from quant.groupwise import Grid, fake_quantize, minmax
+from quant.awq import AwqSettings
+from quant.gptq import Hessian, round_weight
+from quant.groupwise import Grid
 from quant.sensitivity import Candidate, candidates, choose
 from quant.source_weights import SourceWeights
 from tests.test_walk import awq_flags, contents, stop_before
@@ -53,10 +55,13 @@ def test_the_error_is_that_of_the_residual_stream(tiny_model: Path, calibration_
     assert len(found) == 4 * 3
 
     expected = original(windows, output_hidden_states=True).hidden_states[2].double()
-    changed = copy.deepcopy(original)
+    changed, seen = copy.deepcopy(original), []
+    original.model.layers[1].mlp.register_forward_pre_hook(lambda mlp, arguments: seen.append(arguments[0]))
+    original(windows)
+    x_TK = seen[0].flatten(0, 1).double()
     for name in ("gate_proj", "up_proj"):
         weight = changed.get_parameter(f"model.layers.1.mlp.{name}.weight")
-        weight.data = fake_quantize(weight.data, minmax(weight.data, grid), grid)
+        _, weight.data = round_weight(weight.data, Hessian.of(x_TK.T @ x_TK / len(x_TK), 0.01), grid, AwqSettings())
     output = changed(windows, output_hidden_states=True).hidden_states[2].double()
     error = float((F.mse_loss(output, expected, reduction="none").sum(-1) / expected.square().sum(-1)).mean())
     assert found[6].error == pytest.approx(error, rel=1e-3)
