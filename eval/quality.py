@@ -24,6 +24,8 @@ from offload.errors import InputError, UsageError
 from offload.source import resolve_model
 from offload.text import load_text, load_tokenizer, tokenize
 
+_COSTS = {"output", "bits_per_weight", "seconds", "cpu_seconds", "peak_memory_bytes"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
@@ -72,9 +74,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
             found = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}: line {number} is not JSON ({error})") from None
-        if not isinstance(found, dict) or not {"output", "seconds", "peak_memory_bytes", "bits_per_weight"} <= set(
-            found
-        ):
+        if not isinstance(found, dict) or not _COSTS.issubset(found):
             raise InputError(f"{path}: line {number} is not what a quant command prints with --json")
         runs.append(found)
     if not runs:
@@ -83,7 +83,10 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(recipe: Recipe, cost: dict[str, Any], accuracy: Perplexity, original: Perplexity) -> dict[str, Any]:
-    """Return a row of the results file; `text` is what was calibrated on."""
+    """Return a row of the results file.
+
+    text: what was calibrated on. cpu_seconds: of all threads, which other work on the machine does not lengthen.
+    """
     change, error = rise(accuracy, original)
     return {
         "method": recipe.method,
@@ -97,6 +100,7 @@ def _columns(recipe: Recipe, cost: dict[str, Any], accuracy: Perplexity, origina
         "nll_rise": round(change, 5),
         "nll_rise_stderr": round(error, 5),
         "calibration_seconds": cost["seconds"],
+        "cpu_seconds": cost["cpu_seconds"],
         "peak_bytes": cost["peak_memory_bytes"],
         "bits_per_weight": cost["bits_per_weight"],
         "evaluation_text": accuracy.text,

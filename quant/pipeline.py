@@ -308,6 +308,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time(), 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     if as_json:

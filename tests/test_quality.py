@@ -15,7 +15,7 @@ from tests.test_walk import awq_flags
 Capture = pytest.CaptureFixture[str]
 COLUMNS = (
     "date,commit,method,settings,group_size,symmetric,num_samples,seq_len,text,windows,nll_rise,nll_rise_stderr,"
-    "calibration_seconds,peak_bytes,bits_per_weight,evaluation_text,window"
+    "calibration_seconds,cpu_seconds,peak_bytes,bits_per_weight,evaluation_text,window"
 )
 
 
@@ -41,6 +41,7 @@ def test_every_run_has_its_row(tiny_model: Path, calibration_text: Path, tmp_pat
         assert float(row["nll_rise"]) == pytest.approx(measured["nll_rise"], abs=1e-5)
         assert float(row["nll_rise_stderr"]) == pytest.approx(measured["nll_rise_stderr"], abs=1e-5)
         assert float(row["calibration_seconds"]) == cost["seconds"]
+        assert float(row["cpu_seconds"]) == cost["cpu_seconds"] > 0
         assert int(row["peak_bytes"]) == cost["peak_memory_bytes"] > 1 << 20
         assert float(row["bits_per_weight"]) == cost["bits_per_weight"]
         assert json.loads(row["settings"]) == Checkpoint.open(directory).recipe.settings
