@@ -31,6 +31,8 @@ class AwqSettings:
     """How finely AWQ searches.
 
     scale_points: values of r in (0, 1]. clip_points: shrink factors of a group's range, from 1 down to clip_floor.
+    clip_damping: added to the diagonal of G there, in units of its mean: groups are searched one after another, and
+    cancel less of each other's errors than G promises, on other text above all.
     search_samples: samples on which block outputs are compared; moments always see all of them. In two layers of
     SmolLM2-135M, 2 of 512 tokens chose scales whose loss on 16 is within 0.3% of that of 8's choice.
     """
@@ -38,6 +40,7 @@ class AwqSettings:
     scale_points: int = 20
     clip_points: int = 12
     clip_floor: float = 0.4
+    clip_damping: float = 1.0
     search_samples: int = 2
 
 
@@ -61,7 +64,8 @@ class Awq:
         """Scale `layer` (float32) in place and return the parameters of its linears and what to report of it."""
         seen, report = scale_layer(layer, inputs, grids, head_dim, self.settings)
         weights = {name: layer.get_parameter(f"{name}.weight").data for name in grids}
-        return {name: search_clip(weights[name], seen[name], grids[name], self.settings) for name in grids}, report
+        damped = {name: seen[name].damped(self.settings.clip_damping) for name in grids}
+        return {name: search_clip(weights[name], damped[name], grids[name], self.settings) for name in grids}, report
 
 
 def scale_layer(

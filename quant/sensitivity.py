@@ -25,7 +25,7 @@ from quant.source_weights import SourceWeights
 from quant.walk import WalkInputs, first_inputs, load_layer, release
 
 _WINDOWS = 8
-_DAMPING = 0.01
+_DAMPING = 0.1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """AWQ against float64 references that enumerate every candidate; what it searches is never worse than rounding."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -267,6 +268,20 @@ def test_without_scales_and_clipping_it_is_round_to_nearest(layer: Layer, inputs
     for name, parameters in found.items():
         assert torch.equal(parameters.scale, nearest[name].scale), name
         assert torch.equal(parameters.zero, nearest[name].zero), name
+
+
+def test_ranges_are_searched_under_the_damped_gram(layer: Layer, inputs: LayerInputs) -> None:
+    grid = Grid(32, True)
+    scaled, found = quantize(layer, inputs, grid, replace(SETTINGS, clip_damping=0.7))
+    seen = moments(scaled, inputs, linears(scaled))
+    for name, parameters in found.items():
+        gram = seen[name].gram
+        damped = Moments(gram + 0.7 * gram.diagonal().mean() * torch.eye(len(gram)), seen[name].magnitude)
+        expected = search_clip(scaled.get_parameter(f"{name}.weight").data, damped, grid, SETTINGS)
+        same = (parameters.scale == expected.scale).float().mean()
+        assert same > 0.99, name  # the moments were scaled there, and are observed anew here
+    _, plain = quantize(layer, inputs, grid, replace(SETTINGS, clip_damping=0.0))
+    assert any(not torch.equal(plain[name].scale, found[name].scale) for name in found)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -10,7 +10,7 @@ from quant.flags import with_changes
 from quant.gptq import GptqSettings
 
 NAMES = "damping, sequential, propagation, scale, "
-NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.search_samples"
+NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.clip_damping, search.search_samples"
 
 
 def test_a_setting_is_changed_by_its_name() -> None:
@@ -26,9 +26,9 @@ def test_a_setting_is_changed_by_its_name() -> None:
     [
         ("clip_points=3", f"--set 'clip_points=3': expected NAME=VALUE with a NAME of {NAMES}"),
         ("scale=1", "--set 'scale=1': expected a value like true"),
-        ("damping=low", "--set 'damping=low': expected a value like 0.01"),
+        ("damping=low", "--set 'damping=low': expected a value like 0.1"),
         ("search.clip_points=2.5", "--set 'search.clip_points=2.5': expected a value like 12"),
-        ("damping", "--set 'damping': expected a value like 0.01"),
+        ("damping", "--set 'damping': expected a value like 0.1"),
     ],
 )
 def test_what_is_no_setting_is_refused(change: str, message: str) -> None:

@@ -61,7 +61,7 @@ def test_the_error_is_that_of_the_residual_stream(tiny_model: Path, calibration_
     x_TK = seen[0].flatten(0, 1).double()
     for name in ("gate_proj", "up_proj"):
         weight = changed.get_parameter(f"model.layers.1.mlp.{name}.weight")
-        _, weight.data = round_weight(weight.data, Hessian.of(x_TK.T @ x_TK / len(x_TK), 0.01), grid, AwqSettings())
+        _, weight.data = round_weight(weight.data, Hessian.of(x_TK.T @ x_TK / len(x_TK), 0.1), grid, AwqSettings())
     output = changed(windows, output_hidden_states=True).hidden_states[2].double()
     error = float((F.mse_loss(output, expected, reduction="none").sum(-1) / expected.square().sum(-1)).mean())
     assert found[6].error == pytest.approx(error, rel=1e-3)
