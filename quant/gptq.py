@@ -9,11 +9,13 @@ which is the best that the later columns can do about it, and leaves a loss of (
 inputs go first, their groups' scales and zero points are fixed beforehand, for the least sum of those losses, and the
 file has them in their own places: the order costs nothing at inference.
 
-Three things around it. AWQ's scales go into the layer first. Linears are quantized in the order in which a layer runs
-them, each on the inputs that the rounded ones before it give. And what those inputs lack is put into the weights (QEP,
-arXiv:2504.09629, eq. 7): with x of the unquantized model beside x' of the quantized one, and 0 < share <= 1,
+Three things around it. Linears are quantized in the order in which a layer runs them, each on the inputs that the
+rounded ones before it give. What those inputs lack is put into the weights (QEP, arXiv:2504.09629, eq. 7): with x of
+the unquantized model beside x' of the quantized one, and 0 < share <= 1,
 
     W* = W + share W E[(x - x') x'^T] (E[x' x'^T] + damping)^-1.
+
+And AWQ's scales can go into the layer first.
 """
 
 import copy
@@ -48,7 +50,7 @@ class GptqSettings:
     damping: float = 0.1
     sequential: bool = True
     propagation: float = 0.5
-    scale: bool = True
+    scale: bool = False
     search: AwqSettings = field(default_factory=AwqSettings)
 
 
@@ -223,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    tiers = {"best": GptqSettings(), "fast": GptqSettings(sequential=False, propagation=0.0, scale=False)}
+    tiers = {"best": GptqSettings(), "fast": GptqSettings(sequential=False, propagation=0.0)}
     return run_method("gptq", Gptq, argv, tiers)
 
 

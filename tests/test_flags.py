@@ -14,8 +14,8 @@ NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.cli
 
 
 def test_a_setting_is_changed_by_its_name() -> None:
-    changed = with_changes(GptqSettings(), ["propagation=1", "scale=false", "search.clip_points=3", "damping=0.5"])
-    expected = GptqSettings(damping=0.5, propagation=1.0, scale=False, search=replace(AwqSettings(), clip_points=3))
+    changed = with_changes(GptqSettings(), ["propagation=1", "scale=true", "search.clip_points=3", "damping=0.5"])
+    expected = GptqSettings(damping=0.5, propagation=1.0, scale=True, search=replace(AwqSettings(), clip_points=3))
     assert changed == expected
     assert type(changed.propagation) is float
     assert with_changes(None, []) is None
@@ -25,7 +25,7 @@ def test_a_setting_is_changed_by_its_name() -> None:
     ("change", "message"),
     [
         ("clip_points=3", f"--set 'clip_points=3': expected NAME=VALUE with a NAME of {NAMES}"),
-        ("scale=1", "--set 'scale=1': expected a value like true"),
+        ("scale=1", "--set 'scale=1': expected a value like false"),
         ("damping=low", "--set 'damping=low': expected a value like 0.1"),
         ("search.clip_points=2.5", "--set 'search.clip_points=2.5': expected a value like 12"),
         ("damping", "--set 'damping': expected a value like 0.1"),

@@ -219,7 +219,7 @@ def test_what_is_never_called_and_what_is_not_finite_are_errors(layer: Layer) ->
     inputs = layer_inputs()
     inputs.hidden_STD[0, 0, 0] = float("inf")
     for sequential in (True, False):
-        method = Gptq(GptqSettings(sequential=sequential, scale=False, search=SEARCH))
+        method = Gptq(GptqSettings(sequential=sequential, search=SEARCH))
         with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
             method.quantize_layer(layer, inputs, dict.fromkeys(["mlp.gate", "mlp.down"], Grid(32, True)), 16)
 
@@ -227,9 +227,10 @@ def test_what_is_never_called_and_what_is_not_finite_are_errors(layer: Layer) ->
 @pytest.mark.parametrize(
     "settings",
     [
+        GptqSettings(scale=True, search=SEARCH),
         GptqSettings(search=SEARCH),
-        GptqSettings(propagation=0, scale=False, search=SEARCH),
-        GptqSettings(sequential=False, propagation=0, scale=False, search=SEARCH),
+        GptqSettings(propagation=0, search=SEARCH),
+        GptqSettings(sequential=False, propagation=0, search=SEARCH),
     ],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -244,7 +245,7 @@ def test_each_set_is_rounded_on_what_the_earlier_sets_give_or_the_original(
     for name in names:
         weight = layer.get_parameter(f"{name}.weight").data
         assert torch.equal(fake_quantize(weight, found[name], grid), weight)
-    if not settings.scale:
+    if not settings.scale and not settings.propagation:
         gram, _ = observe(layer if settings.sequential else before, None, inputs, "mlp.down")
         _, expected = round_weight(before.mlp.down.weight, Hessian.of(gram, settings.damping), grid, SEARCH)
         assert torch.equal(layer.mlp.down.weight, expected)
