@@ -221,14 +221,15 @@ class Executor:
 def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:
     """Put a PackedLinear where the checkpoint holds a packed weight; return their names."""
     names = [name.removesuffix(_PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(_PACKED)]
-    modules, bits = dict(model.named_modules()), checkpoint.recipe.bits
+    modules = dict(model.named_modules())
     for name in names:
         linear = modules.get(name)
         if type(linear) is not nn.Linear:
             raise CheckpointError(
                 f"{checkpoint.directory}: {name!r} is packed, but no linear layer of {type(model).__name__}"
             )
-        packed = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, model.dtype, bits, mode)
+        bits, biased = checkpoint.recipe.bits_of(name), linear.bias is not None
+        packed = PackedLinear(linear.in_features, linear.out_features, biased, model.dtype, bits, mode)
         model.set_submodule(name, packed)
     return names
 
@@ -263,7 +264,7 @@ def _expected_tensors(
     for name in packed:
         linear = model.get_submodule(name)
         rows, inputs = int(linear.out_features), int(linear.in_features)
-        groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(checkpoint.recipe.bits)
+        groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(linear.bits)
         expected[name + _PACKED] = ((rows, inputs // per_word), (torch.int32,))
         expected[name + _SCALE] = ((rows, groups), (torch.bfloat16, torch.float16))
         expected[name + _SHAPE] = ((2,), (torch.int64,))

@@ -67,7 +67,17 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["quant.awq", "quant.rtn", "quant.gptq", "offload.generate", "eval.ppl", "eval.compare", "eval.speed"]
+    "command",
+    [
+        "quant.awq",
+        "quant.rtn",
+        "quant.gptq",
+        "offload.generate",
+        "eval.ppl",
+        "eval.compare",
+        "eval.quality",
+        "eval.speed",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = subprocess.run(
