@@ -59,10 +59,11 @@ def _command(argv: list[str]) -> None:
     text = load_text(options.text, "evaluation")
     tokens = tokenize(text, load_tokenizer(source))
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    rows = [Row("original", size, evaluate(*load_original(source), tokens, text, options), None)]
+    original, name, backend = load_original(source)
+    rows = [Row("original", size, evaluate(original, name, backend, tokens, text, options), None)]
     for checkpoint in opened:
         model, backend = load_for_evaluation(checkpoint.directory, options.backend)
-        accuracy = evaluate(model, str(checkpoint.directory), backend, tokens, text, options)
+        accuracy = evaluate(model, str(checkpoint.directory), backend, tokens, text, options, original)
         del model
         streamed = _streamed_run(checkpoint.directory, options.cpu_memory, options.max_new_tokens)
         rows.append(Row(checkpoint.directory.name, checkpoint.nbytes, accuracy, streamed))
@@ -101,6 +102,8 @@ def _columns(row: Row, original: Row) -> dict[str, Any]:
         "nll_stderr": round(accuracy.nll_stderr, 5),
         "nll_rise": round(change, 5),
         "nll_rise_stderr": round(error, 5),
+        "kl": "" if accuracy.kl is None else round(accuracy.kl, 5),
+        "top1": "" if accuracy.top1 is None else round(accuracy.top1, 5),
         "budget_bytes": streamed.get("budget_bytes", ""),
         "peak_bytes": streamed.get("peak_memory_bytes", ""),
         "disk_bytes_per_token": streamed.get("disk_bytes_per_token", ""),
@@ -115,13 +118,15 @@ def _table(rows: list[Row]) -> str:
     first = rows[0].accuracy
     lines = [
         f"{first.text}, {first.windows} windows of {first.window}, sha256 {first.text_sha256[:16]}",
-        f"{'':{width}}  perplexity  nll ± stderr       rise over original   size        streamed run",
+        f"{'':{width}}  perplexity  nll ± stderr       rise over original   KL      top-1  size        streamed run",
     ]
     for row in rows:
         change = "-" if row is rows[0] else "{:.4f} ± {:.4f}".format(*rise(row.accuracy, first))
         spread = f"{row.accuracy.nll:.4f} ± {row.accuracy.nll_stderr:.4f}"
+        kl, top1 = row.accuracy.kl, row.accuracy.top1
+        beside = "-       -    " if kl is None or top1 is None else f"{kl:.4f}  {top1:5.1%}"
         lines.append(
-            f"{row.name:{width}}  {row.accuracy.perplexity:10.3f}  {spread:17}  {change:19}  "
+            f"{row.name:{width}}  {row.accuracy.perplexity:10.3f}  {spread:17}  {change:19}  {beside}  "
             f"{format_bytes(row.size_bytes):10}  {_describe(row.streamed)}"
         )
     return "\n".join(lines)

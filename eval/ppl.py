@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ _HEAD_CHUNK_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """A measurement and its protocol. nll and nll_stderr in nats a token; tokens: those scored, in all windows."""
+    """A measurement and its protocol. nll and nll_stderr in nats a token; tokens: those scored, in all windows.
+
+    kl: mean over them of KL(original || model), in nats; top1: the share of them whose likeliest token is the
+    original's. Both None where there is no original beside.
+    """
 
     perplexity: float
     nll: float
@@ -49,62 +54,116 @@ class Perplexity:
     seconds: float
     tokens_per_second: float
     window_nll: tuple[float, ...]
+    kl: float | None = None
+    top1: float | None = None
+
+
+class Divergence:
+    """How far a model's predictions lie from those of the original, summed over tokens as they are scored."""
+
+    def __init__(self, original: PreTrainedModel) -> None:
+        self.original = original
+        self._kl, self._equal, self._tokens = 0.0, 0, 0
+
+    def add(self, logits: Tensor, expected: Tensor) -> None:
+        """Count tokens by the logits, float32 [tokens, V], of the model and of the original."""
+        self._kl += float(F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="sum", log_target=True))
+        self._equal += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        self._tokens += len(logits)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(original || model) of a token, in nats."""
+        return self._kl / self._tokens
+
+    @property
+    def top1(self) -> float:
+        """Share of the tokens at which both find the same token likeliest."""
+        return self._equal / self._tokens
 
 
 @torch.inference_mode()
 def measure(
-    model: PreTrainedModel, tokens: Tensor, window: int, stride: int, limit: int | None, label: str
+    model: PreTrainedModel,
+    tokens: Tensor,
+    window: int,
+    stride: int,
+    limit: int | None,
+    label: str,
+    beside: Divergence | None = None,
 ) -> tuple[list[float], list[int]]:
     """Return the mean negative log-likelihood, in nats, and the scored tokens of each window of tokens [T].
 
-    Raises InputError if the text has not one window.
+    beside: counts the same tokens, if given; its original is then run on each window too. Raises InputError if the
+    text has not one window.
     """
     starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
     if not starts:
         raise InputError(
             f"the text has {len(tokens)} tokens, not one window of {window}; use --window {len(tokens)} or less"
         )
-    head_alone = _head_is_all(model, tokens[: min(window, 16)])
+    models = [model] if beside is None else [model, beside.original]
+    predictors = [_predictor(each, tokens[: min(window, 16)]) for each in models]
     means, counts = [], []
     progress = Progress(label, len(starts))
     for start in starts:
         window_T = tokens[start : start + window]
         scored = window - 1 if start == 0 else min(stride, window - 1)
-        total = _nll_sum(model, window_T, scored, head_alone)
+        total = 0.0
+        targets = window_T[-scored:].split(_HEAD_CHUNK_TOKENS)
+        predictions = zip(*(predict(window_T, scored) for predict in predictors), strict=True)
+        for wanted, (logits, *expected) in zip(targets, predictions, strict=True):
+            total += float(F.cross_entropy(logits, wanted, reduction="sum"))
+            if beside is not None:
+                beside.add(logits, *expected)
         means.append(total / scored)
         counts.append(scored)
         progress.advance(f"nll {sum(m * c for m, c in zip(means, counts, strict=True)) / sum(counts):.4f}")
     return means, counts
 
 
-def _nll_sum(model: PreTrainedModel, window_T: Tensor, scored: int, head_alone: bool) -> float:
-    """Sum the negative log-likelihoods of the last `scored` tokens; logits only ever exist for a few positions."""
-    first = len(window_T) - 1 - scored
-    targets = window_T[first + 1 :]
-    if not head_alone:
-        logits = model(window_T[None], use_cache=False).logits[0, first:-1]
-        return float(F.cross_entropy(logits.float(), targets, reduction="sum"))
-    hidden = model.base_model(window_T[None], use_cache=False).last_hidden_state[0, first:-1]
-    head, total = model.get_output_embeddings(), 0.0
-    for part, wanted in zip(hidden.split(_HEAD_CHUNK_TOKENS), targets.split(_HEAD_CHUNK_TOKENS), strict=True):
-        total += float(F.cross_entropy(head(part).float(), wanted, reduction="sum"))
-    return total
+def _predictor(model: PreTrainedModel, probe: Tensor) -> Callable[[Tensor, int], Iterator[Tensor]]:
+    """Return a function that yields what predicts the last tokens of a window, float32 logits [at most 256, V] at once.
+
+    Logits of all positions exist only if they are more than the output embedding of the last hidden state, capped say.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    head_is_all = torch.equal(
+        head(body(probe[None], use_cache=False).last_hidden_state), model(probe[None], use_cache=False).logits
+    )
+
+    def predict(window_T: Tensor, scored: int) -> Iterator[Tensor]:
+        predicting = slice(len(window_T) - 1 - scored, -1)
+        if head_is_all:
+            hidden = body(window_T[None], use_cache=False).last_hidden_state[0, predicting]
+            yield from (head(part).float() for part in hidden.split(_HEAD_CHUNK_TOKENS))
+        else:
+            logits = model(window_T[None], use_cache=False).logits[0, predicting]
+            yield from logits.float().split(_HEAD_CHUNK_TOKENS)
+
+    return predict
 
 
-def _head_is_all(model: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether the logits are the output embedding of the last hidden state and nothing more, a soft cap say."""
-    hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state
-    return torch.equal(model.get_output_embeddings()(hidden), model(tokens[None], use_cache=False).logits)
+def evaluate(
+    model: PreTrainedModel,
+    name: str,
+    backend: str,
+    tokens: Tensor,
+    text: Text,
+    options: Any,
+    original: PreTrainedModel | None = None,
+) -> Perplexity:
+    """Measure one model, beside the original if given, under the protocol of the command line.
 
-
-def evaluate(model: PreTrainedModel, name: str, backend: str, tokens: Tensor, text: Text, options: Any) -> Perplexity:
-    """Measure one model under the protocol of the command line. Raises UsageError if it cannot read a whole window."""
+    Raises UsageError if it cannot read a whole window.
+    """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and options.window > longest:
         raise UsageError(f"--window {options.window}: {name} reads at most {longest} tokens at once")
     stride = options.stride or options.window
+    beside = None if original is None else Divergence(original)
     started = time.monotonic()
-    means, counts = measure(model, tokens, options.window, stride, options.limit_windows, f"{name}, window")
+    means, counts = measure(model, tokens, options.window, stride, options.limit_windows, f"{name}, window", beside)
     seconds = time.monotonic() - started
     nll = sum(m * c for m, c in zip(means, counts, strict=True)) / sum(counts)
     return Perplexity(
@@ -122,6 +181,8 @@ def evaluate(model: PreTrainedModel, name: str, backend: str, tokens: Tensor, te
         seconds=round(seconds, 2),
         tokens_per_second=round(len(means) * options.window / seconds, 1),
         window_nll=tuple(means),
+        kl=None if beside is None else beside.kl,
+        top1=None if beside is None else beside.top1,
     )
 
 

@@ -50,8 +50,8 @@ class Recipe:
 
     group_size: consecutive inputs that share a scale, None for one group a row. source: the model as the user named it,
     None for the embedded default; source_xxh3 identifies its weights. calibration_*: what the method saw (None for
-    methods that see nothing). ignore: modules left in the source's dtype, by full name. wide: those packed in 8 bits
-    where the others have 4, by full name. settings: the method's own.
+    methods that see nothing). ignore: modules left in the source's dtype, by full name. settings: the method's own.
+    wide: modules in 8 bits where the others have 4, by full name.
     """
 
     method: str
@@ -66,44 +66,46 @@ class Recipe:
     calibration_sha256: str | None = None
     num_samples: int | None = None
     seq_len: int | None = None
-    wide: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits={self.bits}: expected 4 or 8")
         if self.group_size not in (None, 32, 64, 128):
             raise ValueError(f"group_size={self.group_size}: expected 32, 64, 128 or None for the whole row")
+        if self.wide and self.bits != 4:
+            raise ValueError(f"wide: {len(self.wide)} modules in 8 bits beside others in {self.bits}, expected 4")
 
     @classmethod
     def from_json(cls, values: object) -> "Recipe":
         """Rebuild a recipe from `to_json`. Raises ValueError on unknown or missing keys."""
         known = {f.name for f in fields(cls)}
-        if isinstance(values, dict):
-            values = {"wide": []} | values  # not in the files of the first version
-        if not isinstance(values, dict) or set(values) != known:
+        if not isinstance(values, dict) or set(values) | {"wide"} != known:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"recipe: expected the keys {sorted(known)}, found {found}")
-        return cls(**{**values, "ignore": tuple(values["ignore"]), "wide": tuple(values["wide"])})
+        return cls(**{**values, "ignore": tuple(values["ignore"]), "wide": tuple(values.get("wide", ()))})
 
     def to_json(self) -> dict[str, Any]:
-        """Return a dict of plain JSON values."""
-        return {**asdict(self), "ignore": list(self.ignore), "wide": list(self.wide)}
+        """Return a dict of plain JSON values, `wide` only where there is any."""
+        values = {**asdict(self), "ignore": list(self.ignore), "wide": list(self.wide)}
+        return values if self.wide else {key: value for key, value in values.items() if key != "wide"}
+
+    def bits_of(self, module: str) -> int:
+        """Return the bits of a quantized module's weight."""
+        return WIDE_BITS if module in self.wide else self.bits
 
     def quantization_config(self) -> dict[str, Any]:
         """Return config.json's `quantization_config`, in compressed-tensors' words."""
-        strategy: dict[str, Any] = {"strategy": "channel"}
-        if self.group_size is not None:
-            strategy = {"strategy": "group", "group_size": self.group_size}
-
-        def packed(targets: list[str], bits: int) -> dict[str, Any]:
-            weights = {"num_bits": bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **strategy}
-            return {"targets": targets, "weights": weights}
-
-        groups = {"group_0": packed(["Linear"], self.bits)}
-        if self.wide:
-            groups["group_1"] = packed(list(self.wide), WIDE_BITS)
+        weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
+        if self.group_size is None:
+            weights["strategy"] = "channel"
+        else:
+            weights |= {"strategy": "group", "group_size": self.group_size}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        if self.wide:  # a module's own name goes before that of its class
+            groups["group_1"] = {"targets": list(self.wide), "weights": {**weights, "num_bits": WIDE_BITS}}
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -112,10 +114,6 @@ class Recipe:
             "ignore": list(self.ignore),
             "kv_cache_scheme": None,
         }
-
-    def bits_of(self, name: str) -> int:
-        """Return the width of the codes of a module's weight."""
-        return WIDE_BITS if name in self.wide else self.bits
 
 
 @dataclass(frozen=True, slots=True)

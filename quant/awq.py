@@ -13,6 +13,7 @@ group after group along the row, each against the error that the others leave (t
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,17 @@ class AwqSettings:
     """How finely AWQ searches.
 
     scale_points: values of r in (0, 1]. clip_points: shrink factors of a group's range, from 1 down to clip_floor.
-    search_samples: samples on which block outputs are compared; moments always see all of them.
+    clip_damping: added to the diagonal of G there, in units of its mean: groups are searched one after another, and
+    cancel less of each other's errors than G promises, on other text above all.
+    search_samples: samples on which block outputs are compared; moments always see all of them. In two layers of
+    SmolLM2-135M, 2 of 512 tokens chose scales whose loss on 16 is within 0.3% of that of 8's choice.
     """
 
     scale_points: int = 20
     clip_points: int = 12
     clip_floor: float = 0.4
-    search_samples: int = 8
+    clip_damping: float = 1.0
+    search_samples: int = 2
 
 
 class Awq:
@@ -68,26 +73,28 @@ class Awq:
         return Cost(sum(grams) + max(grams) + max(search), 2.0 * weights * runs + weights * clips + statistics)
 
     def quantize_layer(
-        self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int
+        self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
         """Scale `layer` (float32) in place and return the parameters of its linears and what to report of it."""
-        seen, report = scale_layer(layer, inputs, names, grid, head_dim, self.settings)
-        weights = {name: layer.get_parameter(f"{name}.weight").data for name in names}
-        return {name: search_clip(weights[name], seen[name], grid, self.settings) for name in names}, report
+        seen, report = scale_layer(layer, inputs, grids, head_dim, self.settings)
+        weights = {name: layer.get_parameter(f"{name}.weight").data for name in grids}
+        damped = {name: seen[name].damped(self.settings.clip_damping) for name in grids}
+        return {name: search_clip(weights[name], damped[name], grids[name], self.settings) for name in grids}, report
 
 
 def scale_layer(
-    layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int, settings: AwqSettings
+    layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int, settings: AwqSettings
 ) -> tuple[dict[str, Moments], dict[str, str]]:
-    """Scale `layer` (float32) in place, group after group, each by the best scale for linears that `names` holds whole.
+    """Scale `layer` (float32) in place, group after group, each by the best scale for linears that `grids` holds whole.
 
     Returns the moments of the inputs of all linears as they are after scaling, and each group's chosen candidate.
     """
-    seen = moments(layer, inputs, names)
+    seen = moments(layer, inputs, grids)
     chosen = {}
     for group in find_scale_groups(layer, inputs, head_dim):
-        if not set(group.linears) <= set(names):
+        if not set(group.linears) <= set(grids):
             continue
+        grid = grids[group.linears[0]]  # linears that share an input share their grid
         search = inputs.select(slice(0, settings.search_samples))
         scale, label = search_scale(layer, group, search, seen[group.linears[0]], grid, settings)
         scale = group.apply(layer, scale, grid.scale_dtype)
@@ -204,7 +211,7 @@ def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings
         columns = slice(column, column + group_size)
         gram = seen.gram[columns, columns]
         others = pull[:, columns] - difference[:, columns] @ gram
-        found = _clip_group(weight[:, columns], gram, others, grid, settings)
+        found = _clip_group(weight[:, columns], partial(_joint_error, gram, others), grid, settings)
         scale[:, index], zero[:, index] = found.scale, found.zero
         changed = _rounded(weight[:, columns], found, grid) - weight[:, columns]
         pull += (changed - difference[:, columns]) @ seen.gram[columns]
@@ -212,8 +219,29 @@ def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings
     return Parameters(scale, zero)
 
 
-def _clip_group(weight: Tensor, gram: Tensor, others: Tensor, grid: Grid, settings: AwqSettings) -> Parameters:
-    """Return scale and zero point [N] of one group [N, G] with the least error d G d^T + 2 d others^T.
+def _joint_error(gram: Tensor, others: Tensor, d: Tensor) -> Tensor:
+    """Return d G d^T + 2 d others^T of every row of d [candidates, N, G]: [candidates, N]."""
+    return ((d @ gram + 2 * others) * d).sum(-1)
+
+
+def search_clip_by_column(weight: Tensor, importance: Tensor, grid: Grid, settings: AwqSettings) -> Parameters:
+    """Return parameters whose ranges minimise sum_k importance_k (W'_nk - W_nk)^2 in every group of every row.
+
+    weight: float32 [N, K]. importance: float32 [K].
+    """
+    size = grid.group(weight.shape[1])
+    pairs = zip(weight.split(size, 1), importance.split(size), strict=True)
+    found = [_clip_group(w_NG, partial(_column_error, i_G), grid, settings) for w_NG, i_G in pairs]
+    return Parameters(torch.stack([f.scale for f in found], 1), torch.stack([f.zero for f in found], 1))
+
+
+def _column_error(importance: Tensor, d: Tensor) -> Tensor:
+    """Return sum_g importance_g d_g^2 of every row of d [candidates, N, G]: [candidates, N]."""
+    return d.square() @ importance
+
+
+def _clip_group(weight: Tensor, error: Callable[[Tensor], Tensor], grid: Grid, settings: AwqSettings) -> Parameters:
+    """Return scale and zero point [N] of one group [N, G] with the least `error` of the difference [candidates, N, G].
 
     Both ends of the range shrink together first; an asymmetric range then tries each end alone. A symmetric one tries
     the negative scale as well, which puts the one code more that a side has on the other side.
@@ -226,7 +254,7 @@ def _clip_group(weight: Tensor, gram: Tensor, others: Tensor, grid: Grid, settin
     def best(low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor, Tensor]:
         found = range_parameters(low * low_factor, high * high_factor, grid)
         d = _rounded(weight, found, grid) - weight
-        choice = ((d @ gram + 2 * others) * d).sum(-1).argmin(0)
+        choice = error(d).argmin(0)
         rows = torch.arange(len(weight))
         return low_factor.expand(-1, len(weight))[choice, rows], high_factor.expand(-1, len(weight))[choice, rows]
 
@@ -241,14 +269,14 @@ def _clip_group(weight: Tensor, gram: Tensor, others: Tensor, grid: Grid, settin
 def _rounded(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
     """Round one group [N, G] to the grids of `parameters`, [N] or [candidates, N]."""
     scale, zero = parameters.scale[..., None], parameters.zero[..., None]
-    return ((weight / scale + zero).round_().clamp_(0, grid.code_max) - zero) * scale
+    return (weight / scale).add_(zero).round_().clamp_(0, grid.code_max).sub_(zero).mul_(scale)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    return run_method("awq", lambda: Awq(AwqSettings()), argv)
+    return run_method("awq", Awq, argv, {"best": AwqSettings()})
 
 
 if __name__ == "__main__":

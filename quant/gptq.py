@@ -5,14 +5,17 @@ Rounding (arXiv:2210.17323, section 3): with G = E[x x^T] of a linear's inputs a
 
     w_j -= (w_i - q_i) U_ij / U_ii      for j > i
 
-which is the best that the later columns can do about it. Columns with loud inputs go first, their groups' scales and
-zero points are fixed beforehand, and the file has them in their own places: the order costs nothing at inference.
+which is the best that the later columns can do about it, and leaves a loss of (w_i - q_i)^2 / U_ii^2. Columns with loud
+inputs go first, their groups' scales and zero points are fixed beforehand, for the least sum of those losses, and the
+file has them in their own places: the order costs nothing at inference.
 
-Three things around it. AWQ's scales go into the layer first. Linears are quantized in the order in which a layer runs
-them, each on the inputs that the rounded ones before it give. And what those inputs lack is put into the weights (QEP,
-arXiv:2504.09629, eq. 7): with x of the unquantized model beside x' of the quantized one, and 0 < share <= 1,
+Three things around it. Linears are quantized in the order in which a layer runs them, each on the inputs that the
+rounded ones before it give. What those inputs lack is put into the weights (QEP, arXiv:2504.09629, eq. 7): with x of
+the unquantized model beside x' of the quantized one, and 0 < share <= 1,
 
     W* = W + share W E[(x - x') x'^T] (E[x' x'^T] + damping)^-1.
+
+And AWQ's scales can go into the layer first.
 """
 
 import copy
@@ -23,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.awq import Awq, AwqSettings, scale_layer, search_clip
+from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
 from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax
-from quant.layer import LayerInputs, Moments, UnreachedError, inputs_of
+from quant.layer import LayerInputs, UnreachedError, inputs_of, moments
 from quant.scale_groups import sets_by_input
 
 _BLOCK_COLUMNS = 64
@@ -37,14 +40,18 @@ _DAMPING_STEP = 10.0
 class GptqSettings:
     """What GPTQ does besides rounding.
 
-    damping: added to the diagonal of G, in units of its mean. propagation: the share of the error of the inputs that
-    the weights make up for; 0 needs no unquantized inputs. scale: AWQ's scales first. search: how finely scales and
-    clips are searched.
+    damping: added to the diagonal of G, in units of its mean. On text unlike the calibration's, layer 3 of SmolLM2-135M
+    loses a tenth less with 0.1 than with 0.01, on text like it 1% more.
+    sequential: each linear on the inputs that the rounded ones before it give; else on the inputs that all have before
+    any is rounded, which one pass shows.
+    propagation: the share of the error of the inputs that the weights make up for, 0 if not sequential.
+    scale: AWQ's scales first. search: how finely scales and ranges are searched.
     """
 
-    damping: float = 0.01
+    damping: float = 0.1
+    sequential: bool = True
     propagation: float = 0.5
-    scale: bool = True
+    scale: bool = False
     search: AwqSettings = field(default_factory=AwqSettings)
 
 
@@ -56,7 +63,7 @@ class Gptq:
 
     def __init__(self, settings: GptqSettings) -> None:
         self.settings = settings
-        self.needs_original = settings.propagation > 0
+        self.needs_original = settings.sequential and settings.propagation > 0
 
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result."""
@@ -74,7 +81,7 @@ class Gptq:
         return Cost(max(scaling.memory_bytes, largest), operations)
 
     def quantize_layer(
-        self, layer: nn.Module, inputs: LayerInputs, names: list[str], grid: Grid, head_dim: int
+        self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
         """Leave representable weights in the named linears of `layer` (float32) and return their parameters.
 
@@ -83,16 +90,21 @@ class Gptq:
         settings = self.settings
         report: dict[str, Any] = {}
         if settings.scale:
-            _, report = scale_layer(layer, inputs, names, grid, head_dim, settings.search)
+            _, report = scale_layer(layer, inputs, grids, head_dim, settings.search)
         original = copy.deepcopy(layer) if self.needs_original else None
         found: dict[str, Parameters] = {}
-        for members in sets_by_input(layer, inputs, names):
+        seen = {} if settings.sequential else moments(layer, inputs, grids)
+        for members in sets_by_input(layer, inputs, list(grids)):
+            first = members[0]
             try:
-                gram, cross = observe(layer, original, inputs, members[0])
+                gram, cross = (seen[first].gram.double(), None) if seen else observe(layer, original, inputs, first)
             except UnreachedError:  # rounding what comes before has sent an expert's few tokens elsewhere
                 report[f"rounding of {', '.join(members)}"] = "to nearest, as no token was left"
-                found |= {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name in members}
+                weights = {name: layer.get_parameter(f"{name}.weight").data for name in members}
+                found |= {name: minmax(weight, grids[name]) for name, weight in weights.items()}
                 continue
+            if not torch.isfinite(gram).all():
+                raise ArithmeticError(f"{first}: its inputs are not finite")
             hessian = Hessian.of(gram, settings.damping)
             if hessian.damping > settings.damping:
                 report[f"damping of {', '.join(members)}"] = hessian.damping
@@ -101,7 +113,7 @@ class Gptq:
                 weight = parameter.data
                 if cross is not None:
                     weight = propagate(weight, hessian, cross, settings.propagation)
-                found[name], parameter.data = round_weight(weight, hessian, grid, settings.search)
+                found[name], parameter.data = round_weight(weight, hessian, grids[name], settings.search)
         return found, report
 
 
@@ -111,7 +123,7 @@ def observe(
     """Return E[x x^T] and E[x0 x^T], float64 [K, K], of the inputs x of a linear and x0 of the same in `original`.
 
     The second is None without `original`, and where the two do not see the same tokens, as behind a router. Raises
-    UnreachedError if no sample calls the linear, ArithmeticError if its inputs are not finite.
+    UnreachedError if no sample calls the linear.
     """
     width = layer.get_parameter(f"{name}.weight").shape[1]
     gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
@@ -126,8 +138,6 @@ def observe(
             cross += x0_TK.T @ x_TK
     if not tokens:
         raise UnreachedError(f"{name}: not called by any calibration sample")
-    if not torch.isfinite(gram).all():
-        raise ArithmeticError(f"{name}: its inputs are not finite")
     return gram / tokens, cross / tokens if paired else None
 
 
@@ -164,6 +174,16 @@ class Hessian:
         factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         return Hessian(gram, order, factor, damping)
 
+    def importance(self) -> Tensor:
+        """Return what an error of 1 in a column costs when the later ones make up for it, float64 [K]: 1 / U_ii^2.
+
+        The carried rounding's whole (damped) loss is the sum of these times the squared errors, so they and not the
+        diagonal of G are what its groups' ranges are best searched under.
+        """
+        importance = torch.empty_like(self.factor[0])
+        importance[self.order] = self.factor.diagonal() ** -2
+        return importance
+
     def loss(self, difference: Tensor) -> Tensor:
         """Return E[|d x|^2] of every row d of a float64 difference [N, K], undamped: [N]."""
         return ((difference @ self.gram) * difference).sum(1)
@@ -184,10 +204,9 @@ def propagate(weight: Tensor, hessian: Hessian, cross: Tensor, share: float) -> 
 def round_weight(weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings) -> tuple[Parameters, Tensor]:
     """Return parameters and the weight rounded to their grid, both float32, for a float32 weight [N, K].
 
-    A row that carrying errors makes worse is rounded to nearest, so none is worse than under `search_clip` alone.
+    A row that carrying makes worse than rounding to nearest under the same parameters is so rounded.
     """
-    gram = hessian.gram.float()
-    parameters = search_clip(weight, Moments(gram, gram.diagonal()), grid, search)
+    parameters = search_clip_by_column(weight, hessian.importance().float(), grid, search)
     nearest = fake_quantize(weight, parameters, grid).double()
     carried = round_columns(weight.double(), hessian, parameters, grid)
     worse = hessian.loss(carried - weight) >= hessian.loss(nearest - weight)
@@ -224,11 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    tiers = {
-        "best": lambda: Gptq(GptqSettings()),
-        "fast": lambda: Gptq(GptqSettings(scale=False, propagation=0)),
-    }
-    return run_method("gptq", tiers["best"], argv, tiers)
+    tiers = {"best": GptqSettings(), "fast": GptqSettings(sequential=False, propagation=0.0)}
+    return run_method("gptq", Gptq, argv, tiers)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.packed import BITS, PackedWeight, check_group_size, code_max, pack, symmetric_zero
+from kernels.packed import BITS, PackedWeight, check_group_size, code_max, codes_per_word, pack, symmetric_zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,12 @@ class Grid:
         size = in_features if self.group_size is None else self.group_size
         check_group_size(in_features, size, self.bits)
         return size
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Return the bytes of codes, scales and zero points of a weight [N, K] in the file."""
+        groups, per_word = in_features // self.group(in_features), codes_per_word(self.bits)
+        zero_bytes = 0 if self.symmetric else 4 * -(-out_features // per_word) * groups
+        return 4 * out_features * in_features // per_word + 2 * out_features * groups + zero_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Axes: S samples, T tokens, D hidden, K inputs of a linear, N its outputs.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ class Moments:
 
     gram: Tensor
     magnitude: Tensor
+
+    def damped(self, share: float) -> "Moments":
+        """Return these with `share` of the mean of the gram's diagonal added to it."""
+        unit = share * self.gram.diagonal().mean()
+        return replace(self, gram=self.gram + unit * torch.eye(len(self.gram)))
 
     def loss(self, difference: Tensor) -> float:
         """Return E[|(W' - W) x|^2] for a difference of weights [N, K]: the output's squared error, exactly."""

@@ -12,6 +12,10 @@ packed zero points since compressed-tensors 0.18:
     AutoModelForCausalLM.from_pretrained("{output}", quantization_config=CompressedTensorsConfig(dequantize=True))
 """
 
+_MIXED_NOTE = """
+Zero points and two widths are more than transformers reads as of 5.23: its `dequantize=True` takes all for one width.
+"""
+
 _SYMMETRIC_NOTE = """
 In plain transformers, with the `compressed-tensors` package installed:
 
@@ -34,7 +38,10 @@ def model_card(
     if recipe.calibration_name is not None:
         windows = f"{recipe.num_samples} windows of {recipe.seq_len} tokens"
         seen = f"calibrated on {windows} of {recipe.calibration_name} (sha256 {recipe.calibration_sha256})"
-    note = (_SYMMETRIC_NOTE if recipe.symmetric else _ASYMMETRIC_NOTE).format(output=output)
+    wide = f" ({len(recipe.wide)} linears in 8)" if recipe.wide else ""
+    note = (_SYMMETRIC_NOTE if recipe.symmetric else _MIXED_NOTE if recipe.wide else _ASYMMETRIC_NOTE).format(
+        output=output
+    )
     return f"""---
 base_model: {recipe.source or DEFAULT_MODEL_ID}
 library_name: transformers
@@ -43,8 +50,9 @@ tags: [int{recipe.bits}, {recipe.method}, compressed-tensors]
 ---
 # {name}, {recipe.method.upper()} int{recipe.bits}
 
-Weights of the decoder layers in {recipe.bits} bits, {kind}, {group}; {seen}, seed {recipe.seed}. Everything else keeps
-the source's dtype. {format_bytes(source_bytes)} became {format_bytes(checkpoint_bytes)}. `manifest.json` holds the
+Weights of the decoder layers in {recipe.bits} bits{wide}, {kind}, {group};
+{seen}, seed {recipe.seed}. Everything else keeps the source's dtype.
+{format_bytes(source_bytes)} became {format_bytes(checkpoint_bytes)}. `manifest.json` holds the
 whole recipe, a checksum of every tensor and the error of every layer.
 
 ## Running it

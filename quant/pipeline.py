@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,19 @@ import transformers
 from torch import Tensor
 
 import offload
-from kernels.packed import BITS
 from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, read_json
 from offload.checkpoint_writer import open_writer
-from offload.command import Parser, format_bytes, format_seconds, parse_bytes, run, say
+from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
 from offload.memory import give_memory_back_at_once, peak_memory_bytes
 from offload.skeleton import decoder_layers
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 from quant.cost import Windows
+from quant.flags import method_parser, with_changes
 from quant.model_card import model_card
-from quant.plan import Plan, make_plan
+from quant.plan import Plan, make_plan, with_grids
 from quant.preflight import Footprint, describe, footprint, smallest_memory
+from quant.sensitivity import average_bits, widen
 from quant.walk import Method, Walk
 
 _TEXT_BYTES = 64 << 20
@@ -38,56 +39,21 @@ _TEXT_BYTES = 64 << 20
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
-def run_method(
-    name: str,
-    make: Callable[[], Method],
-    argv: list[str] | None,
-    tiers: Mapping[str, Callable[[], Method]] | None = None,
-) -> int:
-    """Run `python -m quant.<name>` with a method made by `make`, or what `--tier` names; returns the exit status."""
+def run_method(name: str, make: Callable[[Any], Method], argv: list[str] | None, tiers: Mapping[str, Any]) -> int:
+    """Run `python -m quant.<name>`, its method made of a tier's settings, the first's by default."""
 
     def command(arguments: list[str]) -> None:
-        parser = _parser(name, make().needs_inputs)
-        if tiers is not None:
-            parser.add_argument("--tier", choices=list(tiers), default=next(iter(tiers)), help="how much work to spend")
+        default = next(iter(tiers))
+        parser = method_parser(name, make(tiers[default]).needs_inputs)
+        parser.set_defaults(tier=default, set=[])
+        if len(tiers) > 1:
+            parser.add_argument("--tier", choices=list(tiers), default=default, help="how much work to spend")
+        if tiers[default] is not None:
+            parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="change a setting; repeatable")
         options = parser.parse_args(arguments)
-        quantize(make() if tiers is None else tiers[options.tier](), options)
+        quantize(make(with_changes(tiers[options.tier], options.set)), options)
 
     return run(command, argv)
-
-
-def _parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
-    parser = Parser(f"quant.{name}", f"Quantize a causal language model with {name.upper()}, layer by layer.")
-    add = parser.add_argument
-    add("-m", "--model", help="directory or hub id; without it the embedded SmolLM2-135M-Instruct")
-    add("-o", "--output", type=Path, help="directory to write; default checkpoints/NAME-METHOD-intBITS-gGROUP")
-    add("--bits", type=int, default=4, choices=BITS, help="bits of a weight")
-    add(
-        "--group-size",
-        choices=["32", "64", "128", "row"],
-        help="inputs that share a scale; default: the largest that fits",
-    )
-    symmetry = parser.add_mutually_exclusive_group()
-    symmetry.add_argument("--symmetric", dest="symmetric", action="store_true", default=True, help="no zero points")
-    symmetry.add_argument("--asymmetric", dest="symmetric", action="store_false", help="a zero point for every group")
-    add("--skip", action="append", default=[], metavar="GLOB", help="linears to leave as they are, by name; repeatable")
-    add("--seed", type=int, default=0, help="chooses the calibration windows")
-    add("--overwrite", action="store_true", help="replace a checkpoint this toolkit wrote")
-    add("--json", action="store_true", help="print one JSON object about the result on stdout")
-    add("--cpu-memory", metavar="SIZE", help="budget for the whole process, such as 8GiB; default: no limit")
-    add("--plan", action="store_true", help="say what would be done and what it takes, and stop; reads no weights")
-    if needs_inputs:
-        add("--calibration", metavar="FILE|DATASET", help="text; default: half of the topics of pydoc_data")
-        add("--num-samples", type=_positive, default=64, help="windows of calibration text")
-        add("--seq-len", type=_positive, default=512, help="tokens of a window")
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not above zero")
-    return value
 
 
 @torch.no_grad()
@@ -99,6 +65,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         give_memory_back_at_once()
     plan = make_plan(options)
     name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
+    name += "" if options.target_bits is None else f"-{options.target_bits:g}bits"
     output: Path = options.output or Path("checkpoints") / name
     amount = Windows(options.num_samples, options.seq_len) if method.needs_inputs else None
     if options.plan:
@@ -107,6 +74,9 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
         return
     windows, calibration = _calibration(method, options, plan)
+    if windows is not None and options.target_bits is not None:
+        plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
+        plan = with_grids(plan, widen(plan.model, plan.source, plan.grids, windows, options.target_bits))
     needed = footprint(plan, method, amount).within(budget_bytes)
     _check_output(output, plan, needed)
     say(describe(plan, method.name, output, amount, needed))
@@ -115,12 +85,13 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         bits=plan.grid.bits,
         group_size=plan.grid.group_size,
         symmetric=plan.grid.symmetric,
-        ignore=_ignored(plan),
+        ignore=_as_known_outside(plan, plan.skipped),
         source=options.model,
         source_xxh3=plan.source.fingerprint(),
         seed=options.seed,
         settings=method.settings_json(),
         versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        wide=_as_known_outside(plan, [name for name, grid in plan.grids.items() if grid.bits > plan.grid.bits]),
         **calibration,
     )
     _, layers = decoder_layers(plan.model)
@@ -129,18 +100,17 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
             say(f"{output}: already complete")
         else:
             spill_to = output if needed.spilled else None
-            skip = frozenset(plan.skipped)
-            Walk(plan.model, plan.source, writer, method, plan.grid, skip, plan.head_dim, spill_to).run(windows)
+            Walk(plan.model, plan.source, writer, method, plan.grids, plan.head_dim, spill_to).run(windows)
             sizes = plan.source.nbytes, plan.expected_bytes, smallest_memory(plan)
             card = model_card(plan.name, output.name, recipe, *sizes)
             writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
     _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
 
 
-def _ignored(plan: Plan) -> tuple[str, ...]:
-    """Return the modules that stay as they are, under the model's names and, where those differ, the stored ones."""
-    stored = (plan.source.stored(f"{name}.weight").removesuffix(".weight") for name in plan.skipped)
-    return tuple(dict.fromkeys((*plan.skipped, *stored)))
+def _as_known_outside(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
+    """Return modules under the model's names and, where those differ, the stored ones, which other readers may know."""
+    stored = (plan.source.stored(f"{name}.weight").removesuffix(".weight") for name in names)
+    return tuple(dict.fromkeys((*names, *stored)))
 
 
 def _check_output(output: Path, plan: Plan, needed: Footprint) -> None:
@@ -194,6 +164,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "output": str(checkpoint.directory),
         "method": checkpoint.recipe.method,
         "bits": checkpoint.recipe.bits,
+        "bits_per_weight": round(average_bits(plan.model, plan.grids), 4),
         "group_size": checkpoint.recipe.group_size,
         "symmetric": checkpoint.recipe.symmetric,
         "source_bytes": plan.source.nbytes,
@@ -204,6 +175,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time(), 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     if as_json:

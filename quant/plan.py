@@ -7,14 +7,14 @@ place in the model.
 import argparse
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kernels.packed import GROUP_SIZES, codes_per_word
+from kernels.packed import GROUP_SIZES
 from offload.checkpoint import is_checkpoint
 from offload.command import format_bytes, say
 from offload.errors import InputError, UsageError
@@ -29,7 +29,8 @@ from quant.source_weights import SourceWeights
 class Plan:
     """What a run will do, known before it does anything.
 
-    quantized, skipped: full names of the linears. others: weights of the layers that belong to no linear, in words.
+    grids: of the linears that are quantized, by full name; skipped: those that are not. grid: where nothing asks for
+    another. others: weights of the layers that belong to no linear, in words.
     heads, eager: of attention, and whether it holds the scores of all pairs of tokens. layers_bytes: size of every
     decoder layer in the checkpoint, expected_bytes: of all of it.
     """
@@ -38,7 +39,7 @@ class Plan:
     directory: Path
     model: PreTrainedModel
     source: SourceWeights
-    quantized: tuple[str, ...]
+    grids: dict[str, Grid]
     skipped: tuple[str, ...]
     others: tuple[str, ...]
     grid: Grid
@@ -79,14 +80,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
     context = getattr(text_config, "max_position_embeddings", None)
     heads = getattr(text_config, "num_attention_heads", None) or 1  # a recurrent model has none
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    growth = {name: _growth_bytes(source, name, linear, grid) for name, linear in quantized.items()}
-    layers_bytes = tuple(_stored_bytes(source, growth, f"{prefix}.{index}.") for index in range(len(layers)))
-    return Plan(
+    grids = dict.fromkeys(quantized, grid)
+    plan = Plan(
         name=model_name(options.model),
         directory=directory,
         model=model,
         source=source,
-        quantized=tuple(quantized),
+        grids=grids,
         skipped=tuple(outside + skipped),
         others=_others(source, prefix, set(inside)),
         grid=grid,
@@ -97,9 +97,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
         heads=heads,
         eager=config._attn_implementation == "eager",
         experts_per_token=getattr(text_config, "num_experts_per_tok", None) or 1 << 30,
-        layers_bytes=layers_bytes,
-        expected_bytes=_stored_bytes(source, growth, ""),
+        layers_bytes=(),
+        expected_bytes=0,
     )
+    return with_grids(plan, grids)
 
 
 def _choose_group_size(options: argparse.Namespace, quantized: dict[str, nn.Linear]) -> int | None:
@@ -165,13 +166,16 @@ def _matching(glob: str, names: list[str]) -> list[str]:
     return matching
 
 
-def _growth_bytes(source: SourceWeights, name: str, linear: nn.Linear, grid: Grid) -> int:
-    """Return by how many bytes a linear grows when it is packed; below zero, as a rule."""
-    per_word, groups = codes_per_word(grid.bits), linear.in_features // grid.group(linear.in_features)
-    scale_bytes = 2 * linear.out_features * groups
-    zero_bytes = 0 if grid.symmetric else 4 * -(-linear.out_features // per_word) * groups
-    packed_bytes = 4 * linear.out_features * linear.in_features // per_word
-    return packed_bytes + scale_bytes + zero_bytes + 16 - source.locations[f"{name}.weight"].spec.nbytes
+def with_grids(plan: Plan, grids: dict[str, Grid]) -> Plan:
+    """Return the plan with other grids, and the sizes that follow from them."""
+    prefix, layers = decoder_layers(plan.model)
+    growth = {}
+    for name, grid in grids.items():
+        shape_bytes, packed_bytes = 16, grid.stored_bytes(*plan.model.get_parameter(f"{name}.weight").shape)
+        growth[name] = packed_bytes + shape_bytes - plan.source.locations[f"{name}.weight"].spec.nbytes
+    sizes = tuple(_stored_bytes(plan.source, growth, f"{prefix}.{index}.") for index in range(len(layers)))
+    expected_bytes = _stored_bytes(plan.source, growth, "")
+    return replace(plan, grids=grids, layers_bytes=sizes, expected_bytes=expected_bytes)
 
 
 def _stored_bytes(source: SourceWeights, growth: dict[str, int], prefix: str) -> int:

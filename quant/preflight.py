@@ -20,6 +20,7 @@ from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Windows
 from quant.layer import linears
 from quant.plan import Plan
+from quant.sensitivity import average_bits
 from quant.walk import Method
 from quant.walk_inputs import BATCH_SAMPLES
 
@@ -167,9 +168,13 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
     grid = plan.grid
     kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
     size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
+    wide = sum(each.bits > grid.bits for each in plan.grids.values())
+    average = average_bits(plan.model, plan.grids)
+    widths = [f"widths   {wide} linears in 8 bits; {average:.3f} bits a weight, all counted"] if wide else []
     lines = [
         f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}",
-        f"method   {method}, {kind}, {size}; {len(plan.quantized)} linears, left alone: {len(plan.skipped)}",
+        f"method   {method}, {kind}, {size}; {len(plan.grids)} linears, left alone: {len(plan.skipped)}",
+        *widths,
         *(f"         left as it is, no linear: {what}" for what in plan.others),
     ]
     if windows is not None:
@@ -186,7 +191,10 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
 def _where_it_loads(plan: Plan) -> str:
     """Say where the checkpoint will load, and with how little memory it will run here."""
     here = format_bytes(smallest_memory(plan, own_memory_bytes() + CODE_BYTES))
-    others = "transformers, vLLM" if plan.grid.symmetric else "vLLM; transformers with dequantize=True"
+    others = "transformers, vLLM"
+    if not plan.grid.symmetric:  # transformers 5.23 dequantizes every linear by the first group's bits
+        wide = any(grid.bits > plan.grid.bits for grid in plan.grids.values())
+        others = "vLLM" if wide else "vLLM; transformers with dequantize=True"
     return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens), and in {others}"
 
 

@@ -17,6 +17,9 @@ class Rtn:
     needs_inputs = False
     needs_original = False
 
+    def __init__(self, settings: None = None) -> None:
+        """Take no settings: there are none."""
+
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result: none."""
         return {}
@@ -26,17 +29,17 @@ class Rtn:
         return Cost.of_rounding(shapes)
 
     def quantize_layer(
-        self, layer: nn.Module, inputs: LayerInputs | None, names: list[str], grid: Grid, head_dim: int
+        self, layer: nn.Module, inputs: LayerInputs | None, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
-        """Return the parameters of the named linears of `layer` (float32)."""
-        return {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name in names}, {}
+        """Return the parameters of the linears of `layer` (float32) that `grids` names."""
+        return {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name, grid in grids.items()}, {}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    return run_method("rtn", Rtn, argv)
+    return run_method("rtn", Rtn, argv, {"only": None})
 
 
 if __name__ == "__main__":

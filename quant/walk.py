@@ -5,7 +5,7 @@ the next, so that later layers see the errors of earlier ones. A layer that an i
 and run in the same way, which is why a resumed checkpoint equals an uninterrupted one byte for byte.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,24 +45,27 @@ class Method(Protocol):
         """Return what a layer whose linears have these shapes will take."""
 
     def quantize_layer(
-        self, layer: nn.Module, inputs: Any, names: list[str], grid: Grid, head_dim: int
+        self, layer: nn.Module, inputs: Any, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
-        """Choose parameters for the named linears; may rescale `layer` in place. Also returns what to report."""
+        """Choose parameters on their grids for linears of `layer`, by name; also returns what to report.
+
+        May rescale `layer` in place. Linears that share an input share their grid.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
     """A model to be quantized: its skeleton on the meta device, its weights on disk, and where the result goes.
 
-    skip: full names of linears left as they are. spill_to: a directory for hidden states that memory has no room for.
+    grids: of the linears to be quantized, by full name; others are left as they are. spill_to: a directory for hidden
+    states that memory has no room for.
     """
 
     model: PreTrainedModel
     source: SourceWeights
     writer: CheckpointWriter
     method: Method
-    grid: Grid
-    skip: frozenset[str]
+    grids: Mapping[str, Grid]
     head_dim: int
     spill_to: Path | None = None
 
@@ -87,7 +90,7 @@ class Walk:
                 break
             layer, name = layers[index], f"{prefix}.{index}"
             keeps_original = inputs is not None and self.method.needs_original
-            dtypes = self._load(layer, name) if keeps_original or not done[index] else {}
+            dtypes = load_layer(layer, name, self.source) if keeps_original or not done[index] else {}
             original_STD = inputs.original_outputs(layer) if inputs is not None and keeps_original else None
             note = self._layer(index, name, layer, inputs, None if done[index] else dtypes)
             if inputs is not None and index + 1 < len(layers):
@@ -108,15 +111,6 @@ class Walk:
         final = max(i for i, key in enumerate(order) if key.startswith(f"{prefix}."))
         return name in order and order.index(name) > final
 
-    def _load(self, layer: nn.Module, name: str) -> dict[str, torch.dtype]:
-        """Read the original weights into `layer`, as float32, and return the dtypes of the source."""
-        dtypes = {}
-        for key in state_names(layer):
-            tensor = self.source.read(f"{name}.{key}")
-            assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
-            dtypes[key] = tensor.dtype
-        return dtypes
-
     def _layer(
         self,
         index: int,
@@ -133,10 +127,10 @@ class Walk:
             if inputs is not None:
                 record = self.writer.done(index + 1)
                 assert record is not None, "the record was there when the walk began"
-                restore(layer, name, self.writer.directory / record["file"], self.grid, self.source.stored)
+                path = self.writer.directory / record["file"]
+                restore(layer, name, path, self._grids(layer, name), self.source.stored)
             return "already done"
-        names = [key for key in linears(layer) if f"{name}.{key}" not in self.skip]
-        packed, report = self._quantize(layer, name, names, inputs, dtypes)
+        packed, report = self._quantize(layer, name, inputs, dtypes)
         state, quantized = layer.state_dict(), {f"{key}.weight" for key in packed}
         tensors = {f"{name}.{key}": t.to(dtypes[key]) for key, t in state.items() if key not in quantized}
         for key, weight in packed.items():
@@ -144,35 +138,35 @@ class Walk:
         self._write(index + 1, name, tensors, report)
         return f"error {report['error']:.4f} (rtn {report['rtn_error']:.4f})" if "error" in report else ""
 
+    def _grids(self, layer: nn.Module, name: str) -> dict[str, Grid]:
+        """Return the grids of the linears of layer `name` that are to be quantized, by their name within it."""
+        return {key: self.grids[f"{name}.{key}"] for key in linears(layer) if f"{name}.{key}" in self.grids}
+
     def _quantize(
-        self,
-        layer: nn.Module,
-        name: str,
-        names: list[str],
-        inputs: WalkInputs | None,
-        dtypes: dict[str, torch.dtype],
+        self, layer: nn.Module, name: str, inputs: WalkInputs | None, dtypes: dict[str, torch.dtype]
     ) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
         """Quantize, measure on held-out samples against round-to-nearest, and fall back to that where it is better."""
+        grids = self._grids(layer, name)
         if inputs is None:
-            found, report = self.method.quantize_layer(layer, None, names, self.grid, self.head_dim)
-            return self._pack(layer, found, dtypes), report
+            found, report = self.method.quantize_layer(layer, None, grids, self.head_dim)
+            return pack_layer(layer, found, grids, dtypes), report
         fit, held_out = inputs.at_layer.split_held_out(_HELD_OUT_SHARE)
         reference = held_out.original().run(layer)
-        for key in names:
+        for key, grid in grids.items():
             weight = layer.get_parameter(f"{key}.weight")
-            weight.data = fake_quantize(weight.data, minmax(weight.data, self.grid), self.grid)
+            weight.data = fake_quantize(weight.data, minmax(weight.data, grid), grid)
         rtn_error = relative_error(held_out, layer, reference)
-        self._load(layer, name)
-        blind = unreached(layer, fit, names)
-        seen = [key for key in names if key not in blind]
-        found, chosen = self.method.quantize_layer(layer, fit, seen, self.grid, self.head_dim)
-        found |= {key: minmax(layer.get_parameter(f"{key}.weight").data, self.grid) for key in blind}
-        packed = self._pack(layer, found, dtypes)
+        load_layer(layer, name, self.source)
+        blind = unreached(layer, fit, grids)
+        seen = {key: grid for key, grid in grids.items() if key not in blind}
+        found, chosen = self.method.quantize_layer(layer, fit, seen, self.head_dim)
+        found |= {key: minmax(layer.get_parameter(f"{key}.weight").data, grids[key]) for key in blind}
+        packed = pack_layer(layer, found, grids, dtypes)
         error = relative_error(held_out, layer, reference)
         report = {"error": error, "rtn_error": rtn_error, "fallback": False, "chosen": chosen}
         if blind:
             say(
-                f"{name}: no calibration token reaches {len(blind)} of {len(names)} linears ({blind[0]}, ...): "
+                f"{name}: no calibration token reaches {len(blind)} of {len(grids)} linears ({blind[0]}, ...): "
                 "these are rounded to nearest; more calibration text may reach them"
             )
             report["unreached"] = blind
@@ -181,26 +175,27 @@ class Walk:
                 f"{name}: {self.method.name} error {error:.4f}, "
                 f"round-to-nearest {rtn_error:.4f}: falling back to the latter"
             )
-            self._load(layer, name)
-            nearest = {key: minmax(layer.get_parameter(f"{key}.weight").data, self.grid) for key in names}
-            packed = self._pack(layer, nearest, dtypes)
+            load_layer(layer, name, self.source)
+            nearest = {key: minmax(layer.get_parameter(f"{key}.weight").data, grid) for key, grid in grids.items()}
+            packed = pack_layer(layer, nearest, grids, dtypes)
             report |= {"error": rtn_error, "fallback": True, "chosen": {}}
         return packed, report
 
-    def _pack(
-        self, layer: nn.Module, found: dict[str, Parameters], dtypes: dict[str, torch.dtype]
-    ) -> dict[str, PackedWeight]:
-        """Pack the named linears and leave in `layer` what the file says: dequantized, the rest in `dtypes`' values."""
-        packed = {}
-        for key, parameters in found.items():
-            weight = layer.get_parameter(f"{key}.weight")
-            packed[key] = pack_weight(weight.data, parameters, self.grid)
-            weight.data = dequantize(packed[key])
-        quantized = {f"{key}.weight" for key in found}
-        for key, tensor in layer.state_dict().items():
-            if key not in quantized and tensor.is_floating_point():
-                assign(layer, key, tensor.to(dtypes[key]).float())
-        return packed
+
+def pack_layer(
+    layer: nn.Module, found: dict[str, Parameters], grids: Mapping[str, Grid], dtypes: dict[str, torch.dtype]
+) -> dict[str, PackedWeight]:
+    """Pack linears of `layer` and leave in it what the file says: these dequantized, the rest in `dtypes`' values."""
+    packed = {}
+    for key, parameters in found.items():
+        weight = layer.get_parameter(f"{key}.weight")
+        packed[key] = pack_weight(weight.data, parameters, grids[key])
+        weight.data = dequantize(packed[key])
+    quantized = {f"{key}.weight" for key in found}
+    for key, tensor in layer.state_dict().items():
+        if key not in quantized and tensor.is_floating_point():
+            assign(layer, key, tensor.to(dtypes[key]).float())
+    return packed
 
 
 def relative_error(inputs: LayerInputs, layer: nn.Module, reference: Tensor) -> float:
@@ -224,7 +219,11 @@ def stored_tensors(weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def restore(
-    layer: nn.Module, name: str, path: Path, grid: Grid, stored: Callable[[str], str] = lambda name: name
+    layer: nn.Module,
+    name: str,
+    path: Path,
+    grids: Mapping[str, Grid],
+    stored: Callable[[str], str] = lambda name: name,
 ) -> None:
     """Load a written shard into `layer`, dequantized to float32. stored: maps a tensor's name to that in the file."""
     offset, specs = read_header(path)
@@ -235,12 +234,22 @@ def restore(
             tensor = shard.read(full)
             assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
             continue
-        stem = full.removesuffix(".weight")
+        stem, grid = full.removesuffix(".weight"), grids[key.removesuffix(".weight")]
         codes = shard.read(f"{stem}.weight_packed").view(torch.uint8)
         zero = None if grid.symmetric else shard.read(f"{stem}.weight_zero_point")
         size = grid.group(layer.get_parameter(key).shape[1])
         weight = PackedWeight(codes, shard.read(f"{stem}.weight_scale"), zero, size, grid.bits)
         assign(layer, key, dequantize(weight))
+
+
+def load_layer(layer: nn.Module, name: str, source: SourceWeights) -> dict[str, torch.dtype]:
+    """Read the original weights into `layer`, as float32, and return the dtypes of the source."""
+    dtypes = {}
+    for key in state_names(layer):
+        tensor = source.read(f"{name}.{key}")
+        assign(layer, key, tensor.float() if tensor.is_floating_point() else tensor)
+        dtypes[key] = tensor.dtype
+    return dtypes
 
 
 def state_names(layer: nn.Module) -> list[str]:

@@ -1,6 +1,7 @@
 """AWQ against float64 references that enumerate every candidate; what it searches is never worse than rounding."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def quantize(
     layer: Layer, inputs: LayerInputs, grid: Grid, settings: AwqSettings
 ) -> tuple[Layer, dict[str, Parameters]]:
     scaled = copy.deepcopy(layer)
-    found, _ = Awq(settings).quantize_layer(scaled, inputs, list(linears(scaled)), grid, 16)
+    found, _ = Awq(settings).quantize_layer(scaled, inputs, dict.fromkeys(linears(scaled), grid), 16)
     return scaled, found
 
 
@@ -261,12 +262,26 @@ def test_without_scales_and_clipping_it_is_round_to_nearest(layer: Layer, inputs
     grid = Grid(32, False)
     nothing = AwqSettings(scale_points=0, clip_points=1, clip_floor=1, search_samples=8)
     unscaled, found = quantize(layer, inputs, grid, nothing)
-    nearest, _ = Rtn().quantize_layer(layer, None, list(linears(layer)), grid, 16)
+    nearest, _ = Rtn().quantize_layer(layer, None, dict.fromkeys(linears(layer), grid), 16)
     assert all(torch.equal(layer.state_dict()[key], tensor) for key, tensor in unscaled.state_dict().items())
     assert found.keys() == nearest.keys()
     for name, parameters in found.items():
         assert torch.equal(parameters.scale, nearest[name].scale), name
         assert torch.equal(parameters.zero, nearest[name].zero), name
+
+
+def test_ranges_are_searched_under_the_damped_gram(layer: Layer, inputs: LayerInputs) -> None:
+    grid = Grid(32, True)
+    scaled, found = quantize(layer, inputs, grid, replace(SETTINGS, clip_damping=0.7))
+    seen = moments(scaled, inputs, linears(scaled))
+    for name, parameters in found.items():
+        gram = seen[name].gram
+        damped = Moments(gram + 0.7 * gram.diagonal().mean() * torch.eye(len(gram)), seen[name].magnitude)
+        expected = search_clip(scaled.get_parameter(f"{name}.weight").data, damped, grid, SETTINGS)
+        same = (parameters.scale == expected.scale).float().mean()
+        assert same > 0.99, name  # the moments were scaled there, and are observed anew here
+    _, plain = quantize(layer, inputs, grid, replace(SETTINGS, clip_damping=0.0))
+    assert any(not torch.equal(plain[name].scale, found[name].scale) for name in found)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from offload.checkpoint import Checkpoint
 from quant import gptq
-from quant.awq import AwqSettings, search_clip
+from quant.awq import AwqSettings, search_clip, search_clip_by_column
 from quant.gptq import Gptq, GptqSettings, Hessian, observe, propagate, round_columns, round_weight
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
 from quant.layer import LayerInputs, Moments, inputs_of, linears, moments
@@ -60,6 +60,36 @@ def test_rounding_equals_the_reference(rows: int, width: int, group_size: int | 
     assert not torch.equal(found.float(), fake_quantize(weight, parameters, grid))
 
 
+def test_a_column_costs_what_the_later_ones_cannot_make_up_for() -> None:
+    """One error of 1 in a column, the later ones at their least-squares best: the quadratic form of what is left."""
+    gram = gram_of(correlated_inputs(40))
+    hessian = Hessian.of(gram, 0.01)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    expected = torch.empty(40, dtype=torch.float64)
+    order = gram.diagonal().argsort(descending=True, stable=True).tolist()
+    for position, column in enumerate(order):
+        later = order[position + 1 :]
+        difference = torch.zeros(40, dtype=torch.float64)
+        difference[column] = 1
+        difference[later] = -torch.linalg.solve(damped[later][:, later], damped[later, column])
+        expected[column] = difference @ damped @ difference
+    torch.testing.assert_close(hessian.importance(), expected)
+    assert (hessian.importance() < 0.5 * damped.diagonal()).any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ranges_are_the_best_under_the_importance_of_columns(symmetric: bool) -> None:
+    """Each group is searched as clipping alone would search it, if its inputs had the importance for a Gram matrix."""
+    grid, weight, importance = Grid(32, symmetric), torch.randn(12, 96), torch.rand(96) ** 4
+    found = search_clip_by_column(weight, importance, grid, SEARCH)
+    expected = search_clip(weight, Moments(torch.diag(importance), importance), grid, SEARCH)
+    assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(found.zero, expected.zero)
+    errors = [(fake_quantize(weight, p, grid) - weight).square() @ importance for p in (found, minmax(weight, grid))]
+    assert (errors[0] <= errors[1]).all()
+    assert errors[0].sum() < 0.9 * errors[1].sum()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_to_nearest_recovers_the_codes(symmetric: bool) -> None:
     """The walk packs by rounding to nearest, and must find what was chosen here, in any order of columns."""
@@ -80,7 +110,7 @@ def test_no_row_is_worse_than_nearest_rounding(group_size: int | None, symmetric
     grid, weight, x_TK = Grid(group_size, symmetric), torch.randn(40, 128), correlated_inputs(128)
     gram = gram_of(x_TK)
     parameters, rounded = round_weight(weight, Hessian.of(gram, 0.01), grid, SEARCH)
-    clipped = search_clip(weight, Moments(gram.float(), gram.float().diagonal()), grid, SEARCH)
+    clipped = search_clip_by_column(weight, Hessian.of(gram, 0.01).importance().float(), grid, SEARCH)
     nearest = fake_quantize(weight, clipped, grid)
     assert torch.equal(parameters.scale, clipped.scale)
     for row in range(len(weight)):
@@ -188,27 +218,35 @@ def test_what_is_never_called_and_what_is_not_finite_are_errors(layer: Layer) ->
         observe(layer, None, layer_inputs(), "mlp.spare")
     inputs = layer_inputs()
     inputs.hidden_STD[0, 0, 0] = float("inf")
-    with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
-        observe(layer, None, inputs, "mlp.gate")
+    for sequential in (True, False):
+        method = Gptq(GptqSettings(sequential=sequential, search=SEARCH))
+        with pytest.raises(ArithmeticError, match=r"mlp\.gate: its inputs are not finite"):
+            method.quantize_layer(layer, inputs, dict.fromkeys(["mlp.gate", "mlp.down"], Grid(32, True)), 16)
 
 
 @pytest.mark.parametrize(
-    "settings", [GptqSettings(search=SEARCH), GptqSettings(propagation=0, scale=False, search=SEARCH)]
+    "settings",
+    [
+        GptqSettings(scale=True, search=SEARCH),
+        GptqSettings(search=SEARCH),
+        GptqSettings(propagation=0, search=SEARCH),
+        GptqSettings(sequential=False, propagation=0, search=SEARCH),
+    ],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_each_set_is_rounded_on_what_the_earlier_sets_give(
+def test_each_set_is_rounded_on_what_the_earlier_sets_give_or_the_original(
     layer: Layer, settings: GptqSettings, symmetric: bool
 ) -> None:
     grid, inputs, names = Grid(32, symmetric), layer_inputs(), list(linears(layer))
     method, before = Gptq(settings), copy.deepcopy(layer)
-    found, report = method.quantize_layer(layer, inputs, names, grid, 16)
+    found, report = method.quantize_layer(layer, inputs, dict.fromkeys(names, grid), 16)
     assert list(found) == ["mlp.gate", "mlp.up", "mlp.down"]
     assert bool(report) == settings.scale
     for name in names:
         weight = layer.get_parameter(f"{name}.weight").data
         assert torch.equal(fake_quantize(weight, found[name], grid), weight)
-    if not settings.scale:
-        gram, _ = observe(layer, None, inputs, "mlp.down")
+    if not settings.scale and not settings.propagation:
+        gram, _ = observe(layer if settings.sequential else before, None, inputs, "mlp.down")
         _, expected = round_weight(before.mlp.down.weight, Hessian.of(gram, settings.damping), grid, SEARCH)
         assert torch.equal(layer.mlp.down.weight, expected)
     reference = inputs.original().run(before)

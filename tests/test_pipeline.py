@@ -464,7 +464,7 @@ def reference(
         stem, _, part = key.rpartition(".")
         if part == "weight_packed":
             scale, zero = tensors[f"{stem}.weight_scale"], tensors.get(f"{stem}.weight_zero_point")
-            size, bits = checkpoint.recipe.group_size, checkpoint.recipe.bits
+            size, bits = checkpoint.recipe.group_size, checkpoint.recipe.bits_of(stem)
             weight = PackedWeight(tensor.view(torch.uint8), scale, zero, size or tensor.shape[1] * 32 // bits, bits)
             built.get_parameter(f"{stem}.weight").data = dequantize(weight, dequantized or dtype).to(dtype)
         elif not part.startswith("weight_"):
@@ -482,6 +482,7 @@ def reference(
         ("rtn", ["--group-size", "row"]),
         ("awq", ["--group-size", "64", "--skip", "*.1.self_attn.*"]),
         ("awq", ["--group-size", "64", "--asymmetric"]),
+        ("awq", ["--group-size", "64", "--target-bits", "6"]),
         ("rtn", ["--bits", "8", "--group-size", "row"]),
         ("awq", ["--bits", "8", "--group-size", "64"]),
         ("rtn", ["--bits", "8", "--group-size", "32", "--asymmetric"]),
@@ -542,6 +543,15 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
         assert f'AutoModelForCausalLM.from_pretrained("{name}"' in words
     assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in cards["asymmetric"]
     assert "dequantize=True" not in cards["symmetric"]
+
+    for flag, count in (("--symmetric", 1), ("--asymmetric", 0)):
+        output = tmp_path / f"mixed{flag}"
+        arguments = ["--model", str(tiny_model), "--output", str(output), "--calibration", str(calibration_text)]
+        assert awq.main([*arguments, *SHORT, "--group-size", "32", flag, "--target-bits", "6"]) == 0
+        words = " ".join((output / "README.md").read_text().split())
+        assert f"in 4 bits ({len(Checkpoint.open(output).recipe.wide)} linears in 8), {flag[2:]}" in words
+        assert words.count("AutoModelForCausalLM.from_pretrained(") == count
+        assert ("its `dequantize=True` takes all for one width" in words) == (count == 0)
 
     output = tmp_path / "rows"
     assert rtn.main(["--model", str(tiny_model), "--output", str(output), "--bits", "8", "--group-size", "row"]) == 0

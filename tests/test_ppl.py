@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from eval import compare, ppl
-from eval.ppl import Perplexity, load_for_evaluation, measure, record, standard_error, strict_json
+from eval.ppl import Divergence, Perplexity, load_for_evaluation, measure, record, standard_error, strict_json
 from offload.checkpoint import Checkpoint
 from offload.errors import InputError
 from offload.text import load_text, tokenize
@@ -126,6 +126,29 @@ def test_a_checkpoint_is_measured_through_the_executor(tiny_checkpoint: Path, to
     expected = [float(np.mean(nlls)) for nlls in plain_nlls(model, tokens, 64, 64, 4)]
     means, _ = measure(model, tokens, 64, 64, 4, "tiny")
     assert means == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_divergence_equals_the_plain_computation(
+    original: PreTrainedModel, tiny_checkpoint: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_for_evaluation(tiny_checkpoint, "exact")
+    monkeypatch.setattr("eval.ppl._HEAD_CHUNK_TOKENS", 48)
+    beside = Divergence(original)
+    means, _ = measure(model, tokens, 64, 32, 3, "tiny", beside)
+    assert means == measure(model, tokens, 64, 32, 3, "tiny")[0]
+    divergences, equal = [], []
+    for start, first in ((0, 0), (32, 31), (64, 31)):
+        window_T = tokens[start : start + 64][None]
+        p, q = (m(window_T, use_cache=False).logits[0, first:-1].double().softmax(-1) for m in (original, model))
+        divergences += (p * (p / q).log()).sum(-1).tolist()
+        equal += (p.argmax(-1) == q.argmax(-1)).tolist()
+    assert len(equal) == 63 + 2 * 32
+    assert beside.kl == pytest.approx(float(np.mean(divergences)), rel=1e-4)
+    assert beside.top1 == np.mean(equal)
+    assert 0 < beside.top1 < 1
+    same = Divergence(original)
+    measure(original, tokens, 64, 64, 2, "tiny", same)
+    assert (same.kl, same.top1) == (0, 1)
 
 
 def test_a_text_without_one_window(original: PreTrainedModel, tokens: Tensor) -> None:
@@ -325,6 +348,12 @@ def test_two_checkpoints_side_by_side(
         "rtn-asymmetric": run_json(capsys, "--model", str(tiny_asymmetric), *protocol, "--baseline"),
     }
     assert [row.split()[0] for row in rows] == list(measured)
+    assert compare.main([str(tiny_checkpoint), *protocol, *budget, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["accuracy"]["kl"], first["accuracy"]["top1"]) == (None, None)
+    kl, top1 = second["accuracy"]["kl"], second["accuracy"]["top1"]
+    assert f"  {kl:.4f}  {top1:5.1%}  " in rows[1]
+    assert re.search(r"  -       -      \d", rows[0])
     for row, (name, expected) in zip(rows, measured.items(), strict=True):
         assert f"  {expected['perplexity']:.3f}  {expected['nll']:.4f} ± {expected['nll_stderr']:.4f}" in row
         if name == "original":

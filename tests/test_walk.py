@@ -200,7 +200,7 @@ def test_a_restored_layer_is_the_written_one(tmp_path: Path, symmetric: bool, bi
     expected["linear.weight"] = dequantize(packed)
     release(layer)
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
-    restore(layer, "model.layers.7", tmp_path / "shard.safetensors", grid)
+    restore(layer, "model.layers.7", tmp_path / "shard.safetensors", {"linear": grid})
     found = layer.state_dict()
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -314,9 +314,9 @@ class Spoiling:
         return Cost.of_rounding(shapes)
 
     def quantize_layer(
-        self, layer: nn.Module, inputs: Any, names: list[str], grid: Grid, head_dim: int
+        self, layer: nn.Module, inputs: Any, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
-        found = {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name in names}
+        found = {name: minmax(layer.get_parameter(f"{name}.weight").data, grid) for name, grid in grids.items()}
         if self.layer in (None, self.seen):
             self.spoil(layer)
         self.seen += 1
@@ -349,7 +349,7 @@ def test_a_layer_worse_than_round_to_nearest_falls_back(
     assert rtn.main(["--model", str(tiny_model), "--output", str(nearest), *GRID_FLAGS]) == 0
     capsys.readouterr()
     arguments = awq_flags(tiny_model, calibration_text, output, "--json")
-    assert run_method("spoiling", lambda: Spoiling(layer, spoil), arguments) == 0
+    assert run_method("spoiling", lambda _: Spoiling(layer, spoil), arguments, {"only": None}) == 0
     printed = capsys.readouterr()
     assert shards(output) == shards(nearest)
     fallen = [0, 1, 2] if layer is None else [layer]
