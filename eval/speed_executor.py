@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -212,17 +212,15 @@ def _process(
     if budget_bytes is not None:
         command += ["--cpu-memory", str(budget_bytes)]
     with ExitStack() as stack:
-        process = stack.enter_context(
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=None if engine == "ours" else subprocess.DEVNULL,  # others draw progress
-                text=True,
-                bufsize=1,
-            )
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if engine == "ours" else subprocess.DEVNULL,  # others draw progress
+            text=True,
+            bufsize=1,
         )
-        stack.callback(process.kill)
+        stack.callback(_end, process)
         if budget_bytes is not None:
             enter = stack.enter_context(memory_limit(budget_bytes, engine))
             if enter is None:
@@ -230,6 +228,12 @@ def _process(
             else:
                 enter(process.pid)
         yield partial(_ask, process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    with suppress(BrokenPipeError):  # what it did not read, as it had died
+        process.communicate()
 
 
 def _ask(process: "subprocess.Popen[str]", command: str) -> Any:
