@@ -56,6 +56,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     import torch
 
     from offload.executor import executor_of, load
+    from offload.trial import Clock
 
     loaded = load(model, cpu_memory=cpu_memory, context_tokens=context_tokens)
     executor = executor_of(loaded)
@@ -67,7 +68,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
 
     @torch.inference_mode()
     def generate(prompt: list[int], count: int) -> list[float]:
-        clock, ids = _Clock(), torch.tensor([prompt])
+        clock, ids = Clock(), torch.tensor([prompt])
         loaded.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -83,20 +84,6 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
         return {"bytes_per_token": weights, "disk_bytes_per_token": executor.placement.disk_bytes, **_memory()}
 
     return Engine(run, facts, generate)
-
-
-class _Clock:
-    """A streamer of transformers that notes when it is given something."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        """Note the moment."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to be done."""
 
 
 def _llama_cpp(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:

@@ -69,7 +69,7 @@ def time_decode(model: PreTrainedModel, prompt_tokens: int, steps: int, batch_si
         model.get_input_embeddings().register_forward_hook(stamp),
         model.get_output_embeddings().register_forward_pre_hook(stamp),
     ]
-    clock = _Clock()
+    clock = Clock()
     tokens = (torch.arange(prompt_tokens) % 100 + 100).repeat(batch_size, 1)
     try:
         with torch.inference_mode():
@@ -100,7 +100,7 @@ def time_decode(model: PreTrainedModel, prompt_tokens: int, steps: int, batch_si
     )
 
 
-class _Clock:
+class Clock:
     """A streamer that notes when the prompt was taken and when each token came."""
 
     def __init__(self) -> None:

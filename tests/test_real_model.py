@@ -93,7 +93,8 @@ def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]
 
 
 def test_generation_stays_within_the_budget_of_the_whole_process(checkpoints: dict[str, Path]) -> None:
-    flags = ("--model", str(checkpoints["awq"]), "--max-new-tokens", "64", "--cpu-memory", "540MiB")
+    prompt = ("--no-chat", "--prompt", "Once upon a time there was a king who")
+    flags = ("--model", str(checkpoints["awq"]), "--max-new-tokens", "64", "--cpu-memory", "540MiB", *prompt)
     with memory_limited_group(BUDGET_BYTES) as join:
         report = run("offload.generate", *flags, before=join)
     assert report["new_tokens"] > 16
