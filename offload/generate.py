@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="sample among this many likeliest tokens; 0 for all")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--exact", action="store_true", help="float32 activations instead of int8: slower, for proofs")
+    add("--trace", type=Path, metavar="FILE", help="write what was read and computed when, for ui.perfetto.dev")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add_wish_flags(parser)
     return parser
@@ -112,6 +113,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     from offload.placement import describe
     from offload.skeleton import read_config
     from offload.text import load_tokenizer
+    from offload.trace import Trace
 
     trim_memory()
     _check_checkpoint(options.model)
@@ -134,6 +136,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     say(describe(executor.placement))
     clock = _Clock(None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     torch.manual_seed(options.seed)
+    trace = Trace(executor) if options.trace is not None else None
     before = executor.stats
     with torch.inference_mode():
         output = model.generate(
@@ -144,6 +147,9 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
             prefill_chunk_size=_PREFILL_CHUNK_TOKENS if len(tokens) > _PREFILL_CHUNK_TOKENS else None,
             **_sampling(options),
         )[0][len(tokens) :]
+    if trace is not None:
+        trace.write(options.trace)
+        say(f"trace    {options.trace}, to be opened in ui.perfetto.dev")
     stats = executor.stats
     steps = max(1, len(clock.times) - 1)
     passes = len(clock.times) + (len(tokens) - 1) // _PREFILL_CHUNK_TOKENS

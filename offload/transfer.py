@@ -21,7 +21,8 @@ class Slots:
     """Streams `blobs` in circles through `depth` arenas of the largest one's size.
 
     check(blob, arena): called in the reader's thread after the first read of each blob; may raise CheckpointError.
-    bytes_read, reads, wait_seconds: counted since the beginning.
+    bytes_read, reads, wait_seconds: counted since the beginning. on_read(blob, started, ended), if set, is told of
+    every read, in the reader's thread, in the seconds of `time.perf_counter`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Slots:
         self._closed = False
         self._change = Condition()
         self.bytes_read, self.reads, self.wait_seconds = 0, 0, 0.0
+        self.on_read: Callable[[LayerBlob, float, float], None] | None = None
         self._thread = Thread(target=self._read_ahead, name="read-ahead", daemon=True)
         self._thread.start()
 
@@ -137,7 +139,10 @@ class Slots:
     def _read(self, position: int, arena: Arena) -> BaseException | None:
         blob = self._blobs[position]
         try:
+            started = time.perf_counter()
             read_blob(self._reader, blob, arena)
+            if self.on_read is not None:
+                self.on_read(blob, started, time.perf_counter())
             self.bytes_read += blob.nbytes
             self.reads += 1
             if position not in self._checked:
