@@ -167,7 +167,7 @@ def _with_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
     for way, staged_share in ways:
         for depth in _depths(wishes, len(needs.layers_bytes)):
             placement = _filled(needs, wishes, way, staged_share, depth)
-            if placement.uses_device:
+            if placement.uses_device and (placement.device_depth or not staged_share):  # else it is no mix at all
                 yield placement
 
 

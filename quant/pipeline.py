@@ -22,7 +22,7 @@ from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, read_json
 from offload.checkpoint_writer import open_writer
 from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
-from offload.memory import give_memory_back_at_once, peak_memory_bytes
+from offload.memory import give_memory_back_at_once, peak_memory_bytes, trim_memory
 from offload.skeleton import decoder_layers
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 from quant.cost import Windows
@@ -63,6 +63,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     budget_bytes = None if options.cpu_memory is None else parse_bytes(options.cpu_memory, "--cpu-memory")
     if budget_bytes is not None:
         give_memory_back_at_once()
+        trim_memory()
     plan = make_plan(options)
     name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
     name += "" if options.target_bits is None else f"-{options.target_bits:g}bits"

@@ -14,7 +14,7 @@ from torch import nn
 from offload.command import format_bytes, format_seconds
 from offload.errors import ResourceError
 from offload.experts import Experts
-from offload.memory import own_memory_bytes, trim_memory
+from offload.memory import own_memory_bytes, peak_memory_bytes, trim_memory
 from offload.needs import CODE_BYTES, Needs, activation_bytes, cache_bytes
 from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Windows
@@ -42,7 +42,8 @@ class Footprint:
     runtime: Python and libraries, their code included. around: embeddings and what else lies outside the layers, while
     it is in memory. layer: the largest layer, in float32 and packed. method: what the method needs besides it.
     activations: of the samples that run at once. states: hidden states of all samples. output: the checkpoint.
-    spilled: whether the states are on disk. seconds: about.
+    spilled: whether the states are on disk. seconds: about. reached: the most that the process has had already, as
+    importing libraries that were just installed maps more of their code than running them needs.
     """
 
     runtime_bytes: int
@@ -54,12 +55,14 @@ class Footprint:
     output_bytes: int
     seconds: float
     spilled: bool = False
+    reached_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that the process will have."""
         at_work = max(self.around_bytes, self.layer_bytes + self.method_bytes + self.activation_bytes)
-        return self.runtime_bytes + _RESERVE_BYTES + at_work + (0 if self.spilled else self.states_bytes)
+        planned = self.runtime_bytes + _RESERVE_BYTES + at_work + (0 if self.spilled else self.states_bytes)
+        return max(planned, self.reached_bytes)
 
     @property
     def disk_bytes(self) -> int:
@@ -110,6 +113,7 @@ def footprint(plan: Plan, method: Method, windows: Windows | None) -> Footprint:
         states_bytes=0 if windows is None else _states_bytes(plan, windows) * (3 if method.needs_original else 1),
         output_bytes=plan.expected_bytes,
         seconds=seconds + _READS_OF_SOURCE * plan.source.nbytes / _DISK_BYTES_PER_SECOND,
+        reached_bytes=peak_memory_bytes(),
     )
 
 
