@@ -41,7 +41,8 @@ class GptqSettings:
     """What GPTQ does besides rounding.
 
     damping: added to the diagonal of G, in units of its mean. On text unlike the calibration's, layer 3 of SmolLM2-135M
-    loses a tenth less with 0.1 than with 0.01, on text like it 1% more.
+    loses a tenth less with 0.1 than with 0.01, on text like it 1% more; WikiText-2, calibrated on its validation text,
+    rises by 0.070 with 0.1 and by 0.061 with 0.01.
     sequential: each linear on the inputs that the rounded ones before it give; else on the inputs that all have before
     any is rounded, which one pass shows.
     propagation: the share of the error of the inputs that the weights make up for, 0 if not sequential.
