@@ -231,3 +231,20 @@ def test_batches_and_padding_go_through_the_modules(tiny_checkpoint: Path, steps
         model.generate(two, attention_mask=mask, max_new_tokens=4, do_sample=False)
         model.generate(two[1:], attention_mask=mask[1:], max_new_tokens=4, do_sample=False)
     assert steps == []
+
+
+def test_a_cache_whose_beginning_was_dropped_is_taken_over_as_it_is(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint)
+    token, logits = torch.tensor([[9]]), []
+    for whole in (False, True):
+        cache = DynamicCache(config=model.config)
+        decode(model, 4, cache)
+        for (
+            layer
+        ) in cache.layers:  # views into the buffers, which begin elsewhere but step alike; or tensors of their own
+            layer.keys, layer.values = layer.keys[:, :, 2:], layer.values[:, :, 2:]
+            if whole:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        with torch.inference_mode():
+            logits.append(model(token, past_key_values=cache, position_ids=torch.tensor([[10]])).logits)
+    assert torch.equal(*logits)
