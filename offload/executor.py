@@ -27,12 +27,12 @@ from offload.layer_view import PACKED, SCALE, SHAPE, ZERO, LayerView, layer_view
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, trim_memory
 from offload.names import checkpoint_in_model
-from offload.needs import count_needs
-from offload.placement import Placement, plan
-from offload.predict import Costs
+from offload.planning.needs import count_needs
+from offload.planning.placement import Placement, plan
+from offload.planning.predict import Costs
+from offload.planning.wishes import Wishes, WishWords, flag
 from offload.skeleton import build_skeleton, read_config
 from offload.transfer import Slots, read_blob
-from offload.wishes import Wishes, WishWords, flag
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from offload.command import Parser, format_bytes, run, say
 from offload.errors import InputError, UsageError
+from offload.planning.wishes import Wishes, WishWords, add_wish_flags, words_of
 from offload.source import DEFAULT_OUTPUT
-from offload.wishes import Wishes, WishWords, add_wish_flags, words_of
 
 _DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 _PREFILL_CHUNK_TOKENS = 512
@@ -108,9 +108,9 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     trim_memory()  # between imports too: the peak is to be that of the run
     from transformers import TextStreamer
 
-    from offload.costs import recall_costs
     from offload.executor import executor_of, load
-    from offload.placement import describe
+    from offload.planning.costs import recall_costs
+    from offload.planning.placement import describe
     from offload.skeleton import read_config
     from offload.text import load_tokenizer
     from offload.trace import Trace

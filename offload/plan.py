@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from offload.command import Parser, format_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
+from offload.planning.wishes import Wishes, WishWords, add_wish_flags, flag, words_of
 from offload.source import DEFAULT_OUTPUT
-from offload.wishes import Wishes, WishWords, add_wish_flags, flag, words_of
 
 if TYPE_CHECKING:
-    from offload.forecast import Prediction, Subject
-    from offload.machine import Machine
-    from offload.placement import Placement
+    from offload.planning.forecast import Prediction, Subject
+    from offload.planning.machine import Machine
+    from offload.planning.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def _command(argv: list[str]) -> None:
     runs = not (options.no_confirm or hypothetical or subject.wishes.gpu_word)
     if runs and subject.wants_rehearsal:
         subject = _rehearsed(options, words, subject)
-    from offload.forecast import predict
+    from offload.planning.forecast import predict
 
     placement = subject.placed()
     prediction = predict(subject, placement)
@@ -91,13 +91,13 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     import torch
 
     from offload.checkpoint import Checkpoint
-    from offload.costs import Shape, recall_overheads
     from offload.embedding import plain_embedding
-    from offload.forecast import PREFILL_TOKENS, Subject
     from offload.memory import trim_memory
     from offload.names import checkpoint_in_model
-    from offload.needs import count_needs
-    from offload.placement import plan
+    from offload.planning.costs import Shape, recall_overheads
+    from offload.planning.forecast import PREFILL_TOKENS, Subject
+    from offload.planning.needs import count_needs
+    from offload.planning.placement import plan
     from offload.skeleton import build_skeleton, read_config
 
     checkpoint = Checkpoint.open(options.model)
@@ -139,8 +139,8 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
 
 def _machine(options: argparse.Namespace) -> "Machine":
     """Return the figures to plan with: out of a file, out of the cache, or measured and cached now."""
-    from offload.machine import Machine, cache_file, load_cache, read_machine, save_json
-    from offload.trial import run_measurement
+    from offload.planning.machine import Machine, cache_file, load_cache, read_machine, save_json
+    from offload.planning.trial import run_measurement
 
     if options.machine is not None:
         return read_machine(options.machine)
@@ -158,8 +158,8 @@ def _machine(options: argparse.Namespace) -> "Machine":
 def _rehearsed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> "Subject":
     """Rehearse the model, cache what was found, and return the subject with it."""
     from offload.checkpoint import Checkpoint
-    from offload.costs import remember_overheads
-    from offload.rehearsal import rehearse
+    from offload.planning.costs import remember_overheads
+    from offload.planning.rehearsal import rehearse
 
     say("rehearsing the model on it, once")
     overheads = rehearse(options.model, subject.shape, subject.machine, words, options.context)
@@ -183,9 +183,9 @@ def _on_device(wishes: Wishes, machine: "Machine") -> Wishes:
 
 def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> Confirmation:
     """Load the model as planned, time some tokens, and predict the same for the placement it was loaded with."""
-    from offload.forecast import PREFILL_TOKENS, START_TOKENS
-    from offload.placement import Placement
-    from offload.trial import run_trial
+    from offload.planning.forecast import PREFILL_TOKENS, START_TOKENS
+    from offload.planning.placement import Placement
+    from offload.planning.trial import run_trial
 
     batch, prompts = subject.batch_size, (START_TOKENS, PREFILL_TOKENS)
     trial = run_trial(
@@ -207,7 +207,7 @@ def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject"
 
 
 def _in_words(subject: "Subject", placement: "Placement", prediction: "Prediction", hypothetical: str | None) -> str:
-    from offload.placement import describe
+    from offload.planning.placement import describe
 
     machine = subject.machine
     lines = [f"hypothetical: a machine of {hypothetical}, not this one"] if hypothetical else []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offload.checkpoint import Checkpoint
-    from offload.wishes import WishWords
+    from offload.planning.wishes import WishWords
 
 _SLOTS = (1, 2, 3)
 

@@ -15,7 +15,7 @@ from offload.command import format_bytes, format_seconds
 from offload.errors import ResourceError
 from offload.experts import Experts
 from offload.memory import own_memory_bytes, peak_memory_bytes, trim_memory
-from offload.needs import CODE_BYTES, Needs, activation_bytes, cache_bytes
+from offload.planning.needs import CODE_BYTES, Needs, activation_bytes, cache_bytes
 from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Windows
 from quant.layer import linears

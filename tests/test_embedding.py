@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eval.random_model import SHAPES, write_checkpoint
+from eval.speed.random_model import SHAPES, write_checkpoint
 from offload.checkpoint import Checkpoint
 from offload.embedding import DiskEmbedding
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load
 from offload.linear import PackedLinear
-from offload.needs import Needs
-from offload.placement import Placement, plan
+from offload.planning.needs import Needs
+from offload.planning.placement import Placement, plan
 
 NAME = "model.embed_tokens.weight"
 TOKENS = torch.tensor([[5, 1023, 0, 5, 77, 9]])

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from offload import machine
 from offload.checkpoint import Checkpoint
-from offload.costs import Overheads, Shape, decode_costs, model_key, prefill_costs, recall_costs
 from offload.errors import InputError
-from offload.machine import Machine, cache_file, load_cache, measure, read_machine, save_json
+from offload.planning import machine
+from offload.planning.costs import Overheads, Shape, decode_costs, model_key, prefill_costs, recall_costs
+from offload.planning.machine import Machine, cache_file, load_cache, measure, read_machine, save_json
 
 FIGURES = Machine(
     description="invented",

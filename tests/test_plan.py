@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from offload import machine, rehearsal, trial
 from offload.checkpoint import Checkpoint
-from offload.costs import Overheads, Shape, decode_costs, model_key, prefill_costs
 from offload.errors import ResourceError
-from offload.forecast import START_TOKENS
-from offload.machine import Machine, load_cache, save_json
-from offload.needs import Needs
-from offload.placement import plan
 from offload.plan import main
-from offload.predict import Costs, Tier, walk
-from offload.rehearsal import rehearse
-from offload.trial import Timing, Trial, run_trial
-from offload.wishes import Wishes, WishWords
+from offload.planning import machine, rehearsal, trial
+from offload.planning.costs import Overheads, Shape, decode_costs, model_key, prefill_costs
+from offload.planning.forecast import START_TOKENS
+from offload.planning.machine import Machine, load_cache, save_json
+from offload.planning.needs import Needs
+from offload.planning.placement import plan
+from offload.planning.predict import Costs, Tier, walk
+from offload.planning.rehearsal import rehearse
+from offload.planning.trial import Timing, Trial, run_trial
+from offload.planning.wishes import Wishes, WishWords
 
 MIB = 1 << 20
 COUNT = 24

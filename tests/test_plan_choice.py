@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from offload.command import parse_bytes
 from offload.errors import ResourceError
-from offload.needs import Needs
-from offload.placement import Placement, describe, plan
-from offload.predict import Costs
-from offload.wishes import Wishes, WishWords
+from offload.planning.needs import Needs
+from offload.planning.placement import Placement, describe, plan
+from offload.planning.predict import Costs
+from offload.planning.wishes import Wishes, WishWords
 
 MIB = 1 << 20
 LAYER = 20 * MIB

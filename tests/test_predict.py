@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.predict import Costs, Tier, walk
+from offload.planning.predict import Costs, Tier, walk
 
 SECONDS = st.floats(1e-4, 1e-2)
 SHARES = st.floats(0.5, 1.0)

@@ -17,7 +17,7 @@ from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
-from offload.needs import CODE_BYTES
+from offload.planning.needs import CODE_BYTES
 from offload.source import resolve_model
 from offload.text import load_text, tokenize
 

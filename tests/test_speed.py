@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import speed_cpu
 from eval.results import append, command_line
-from eval.speed import main
-from eval.speed_cpu import Contenders
-from eval.speed_ggml import Ggml, GgmlWeight, find_directory, survived
-from eval.speed_kernels import PEERS, Case, Measurement, random_weight
-from eval.timing import Samples, copies_in, paired
+from eval.speed import cpu as speed_cpu
+from eval.speed.__main__ import main
+from eval.speed.cpu import Contenders
+from eval.speed.ggml import Ggml, GgmlWeight, find_directory, survived
+from eval.speed.kernels import PEERS, Case, Measurement, random_weight
+from eval.speed.timing import Samples, copies_in, paired
 from kernels.cpu_matmul import LEVELS, cpu_level
 from kernels.packed import BITS, dequantize
 from offload.errors import UsageError
@@ -186,7 +186,7 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 
 def interpreted_contenders(bits: int) -> None:
     """Assert that what a GPU is given multiplies by the same weight, in a process where Triton interprets."""
-    from eval import speed_cuda
+    from eval.speed import cuda as speed_cuda
 
     torch.manual_seed(0)
     device, weight = torch.device("cpu"), random_weight(64, 256, 64, bits)

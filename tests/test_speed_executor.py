@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eval import speed_executor
-from eval.control_group import memory_limit
-from eval.random_model import SHAPES, write_bfloat16, write_checkpoint, write_gguf
-from eval.speed import main
-from eval.speed_executor import EngineError, measure
+from eval.speed import executor as speed_executor
+from eval.speed.__main__ import main
+from eval.speed.control_group import memory_limit
+from eval.speed.executor import EngineError, measure
+from eval.speed.random_model import SHAPES, write_bfloat16, write_checkpoint, write_gguf
 from offload.errors import UsageError
 
 TINY = SHAPES["tiny"]

@@ -7,7 +7,7 @@ import pytest
 
 from offload.command import Parser
 from offload.errors import UsageError
-from offload.wishes import Wishes, add_wish_flags, words_of
+from offload.planning.wishes import Wishes, add_wish_flags, words_of
 
 LAYERS = [f"model.layers.{index}" for index in range(3)]
 MODULES = ["model", "model.embed_tokens", "model.layers", "model.norm", "lm_head"]

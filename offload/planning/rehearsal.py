@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from offload.costs import Overheads, Shape, decode_costs, read_seconds
 from offload.errors import ResourceError
-from offload.forecast import PREFILL_TOKENS, START_TOKENS
-from offload.machine import Machine
-from offload.predict import Pass, walk
-from offload.trial import Timing, Trial, run_trial
-from offload.wishes import WishWords
+from offload.planning.costs import Overheads, Shape, decode_costs, read_seconds
+from offload.planning.forecast import PREFILL_TOKENS, START_TOKENS
+from offload.planning.machine import Machine
+from offload.planning.predict import Pass, walk
+from offload.planning.trial import Timing, Trial, run_trial
+from offload.planning.wishes import WishWords
 
 _BISECTIONS = 24
 

@@ -1,7 +1,7 @@
 """A model loaded and timed in a process of its own: what was measured or planned before is not in its memory.
 
-`run_trial` starts the process, and `python -m offload.trial` is what runs in it: a request in JSON comes as its
-argument, the answer goes to stdout.
+`run_trial` starts the process, and `python -m offload.planning.trial` is what runs in it: a request in JSON comes
+as its argument, the answer goes to stdout.
 """
 
 import json
@@ -22,9 +22,9 @@ from offload.checkpoint import Checkpoint
 from offload.command import run
 from offload.errors import InputError, ResourceError, ToolkitError, UsageError
 from offload.executor import executor_of, load
-from offload.machine import Machine, measure
-from offload.predict import Costs, Tier
-from offload.wishes import WishWords
+from offload.planning.machine import Machine, measure
+from offload.planning.predict import Costs, Tier
+from offload.planning.wishes import WishWords
 
 _MOST_STEPS, _LEAST_STEPS = 24, 4
 _RUN_SECONDS = 2.0
@@ -160,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ask(request: dict[str, Any]) -> Any:
-    command = [sys.executable, "-m", "offload.trial", json.dumps(request)]
-    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "offload.planning.trial", json.dumps(request)]
+    root = Path(__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, cwd=root)
     if result.returncode == 0:
         return json.loads(result.stdout)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from offload.command import format_bytes
 from offload.errors import ResourceError
-from offload.needs import Needs
-from offload.predict import Costs, Tier, Way, walk
-from offload.wishes import Wishes
+from offload.planning.needs import Needs
+from offload.planning.predict import Costs, Tier, Way, walk
+from offload.planning.wishes import Wishes
 
 _DEPTH = 3
 _DEVICE_DEPTH = 2

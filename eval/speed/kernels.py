@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eval import speed_cpu
-from eval.timing import Samples
+from eval.speed import cpu
+from eval.speed.timing import Samples
 from kernels.packed import PackedWeight
 from offload.command import Progress
 from offload.errors import UsageError
 
 if TYPE_CHECKING:
-    from eval import speed_cuda  # needs triton, which a machine without a GPU may lack
+    from eval.speed import cuda  # needs triton, which a machine without a GPU may lack
 
 MODEL_SHAPES = {
     "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -139,7 +139,7 @@ class KernelReport:
 
     def draw(self, path: Path) -> None:
         """Draw the speed-up over the batch. Raises ResourceError without matplotlib."""
-        from eval.picture import draw_speedups
+        from eval.speed.picture import draw_speedups
 
         draw_speedups(list(self.measurements), path)
 
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace) -> KernelReport:
 
 
 def _measurements(
-    cases: list[Case], contenders: "speed_cpu.Contenders | speed_cuda.Contenders", options: argparse.Namespace
+    cases: list[Case], contenders: "cpu.Contenders | cuda.Contenders", options: argparse.Namespace
 ) -> Iterator[Measurement]:
     """Time every contender at every case; the cases of a shape follow each other and share its copies."""
     progress = Progress("product", len(cases))
@@ -187,15 +187,15 @@ def _measurements(
             progress.advance(f"N {n}, K {k}, M {case.m}")
 
 
-def _contenders(options: argparse.Namespace) -> "speed_cpu.Contenders | speed_cuda.Contenders":
+def _contenders(options: argparse.Namespace) -> "cpu.Contenders | cuda.Contenders":
     """Return the contenders of the device that was named. Raises UsageError where there is none."""
     if options.device == "cpu":
-        return speed_cpu.Contenders(options.ggml)
+        return cpu.Contenders(options.ggml)
     if not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device; leave it out to measure the CPU")
-    from eval import speed_cuda
+    from eval.speed import cuda
 
-    return speed_cuda.Contenders(torch.device("cuda", torch.cuda.current_device()))
+    return cuda.Contenders(torch.device("cuda", torch.cuda.current_device()))
 
 
 def random_weight(n: int, k: int, group_size: int, bits: int) -> PackedWeight:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.speed_cpu import has_room, pool
-from eval.timing import Bind, Samples, Step, copies_in, paired
+from eval.speed.cpu import has_room, pool
+from eval.speed.timing import Bind, Samples, Step, copies_in, paired
 from kernels.packed import PackedWeight, dequantize, symmetric_zero, unpack
 from kernels.triton_matmul import dequant_matmul_triton, most_mapped, read_sums
 from offload.command import say

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.timing import Step, copies_in
+from eval.speed.timing import Step, copies_in
 from kernels.packed import PackedWeight, dequantize
 from offload.command import say
 from offload.errors import UsageError
@@ -196,8 +196,8 @@ def _quantize(ggml: Ggml, weight: PackedWeight, kind: int, block_bytes: int) -> 
 @cache
 def survived(directory: Path, name: str, bits: int) -> frozenset[int]:
     """Return which of 1 and 2 activations a layout multiplies without ending its process."""
-    command = [sys.executable, "-m", "eval.speed_ggml", str(directory), name, str(bits)]
-    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "eval.speed.ggml", str(directory), name, str(bits)]
+    root = Path(__file__).parents[2]
     child = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
     batches = frozenset(map(int, child.stdout.split()))
     if missing := [str(m) for m in _TRIED_BATCHES if m not in batches]:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.speed_ggml import Ggml, GgmlWeight, find_directory, survived
-from eval.timing import Bind, Samples, Step, copies_in, paired
+from eval.speed.ggml import Ggml, GgmlWeight, find_directory, survived
+from eval.speed.timing import Bind, Samples, Step, copies_in, paired
 from kernels.cpu_matmul import LEVELS, cpu_level, dequant_matmul_cpu, dequantize_cpu, read_seconds
 from kernels.packed import PackedWeight, symmetric_zero, unpack
 from offload.command import format_bytes, say

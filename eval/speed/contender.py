@@ -1,6 +1,6 @@
 """A process that runs one model with one engine and is told what to do, so that several can be timed in turn.
 
-    python -m eval.contender ENGINE MODEL [--cpu-memory BYTES] [--context TOKENS]
+    python -m eval.speed.contender ENGINE MODEL [--cpu-memory BYTES] [--context TOKENS]
 
 reads one command a line from stdin (`load`, `prefill TOKENS`, `decode TOKENS`, `facts`) and answers each with one JSON
 object on stdout. Nothing is imported before `load`, so that the process can be put into a control group first.
@@ -56,7 +56,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     import torch
 
     from offload.executor import executor_of, load
-    from offload.trial import Clock
+    from offload.planning.trial import Clock
 
     loaded = load(model, cpu_memory=cpu_memory, context_tokens=context_tokens)
     executor = executor_of(loaded)
@@ -159,7 +159,7 @@ def _memory() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Answer commands until stdin ends."""
-    parser = argparse.ArgumentParser("python -m eval.contender")
+    parser = argparse.ArgumentParser("python -m eval.speed.contender")
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model", type=Path)
     parser.add_argument("--cpu-memory", type=int)

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from kernels.cpu_build import library_name
 from offload.checkpoint import CONFIG_NAME, Checkpoint
-from offload.machine import Machine, cache_file, load_cache, save_json
-from offload.needs import cache_bytes, layer_bytes
-from offload.predict import Costs
+from offload.planning.machine import Machine, cache_file, load_cache, save_json
+from offload.planning.needs import cache_bytes, layer_bytes
+from offload.planning.predict import Costs
 from offload.skeleton import read_config
 
 

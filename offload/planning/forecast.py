@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, replace
 
 from offload.command import format_bytes
-from offload.costs import Overheads, Shape, decode_costs, prefill_costs
-from offload.machine import Machine
-from offload.needs import Needs
-from offload.placement import Placement, plan
-from offload.predict import Costs
-from offload.wishes import Wishes
+from offload.planning.costs import Overheads, Shape, decode_costs, prefill_costs
+from offload.planning.machine import Machine
+from offload.planning.needs import Needs
+from offload.planning.placement import Placement, plan
+from offload.planning.predict import Costs
+from offload.planning.wishes import Wishes
 
 START_TOKENS = 16
 """Of context, where decoding is said to start."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval import speed_executor, speed_kernels
 from eval.results import RESULTS, append, circumstances, command_line
+from eval.speed import executor, kernels
 from offload.command import Parser, run, say
 
 
@@ -43,10 +43,10 @@ class Subject:
 
 SUBJECTS: Mapping[str, Subject] = {
     "kernels": Subject(
-        "the product with packed weights, at the shapes of real models", speed_kernels.add_flags, speed_kernels.measure
+        "the product with packed weights, at the shapes of real models", kernels.add_flags, kernels.measure
     ),
     "executor": Subject(
-        "whole models within a memory limit, against other engines", speed_executor.add_flags, speed_executor.measure
+        "whole models within a memory limit, against other engines", executor.add_flags, executor.measure
     ),
 }
 

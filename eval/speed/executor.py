@@ -21,10 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eval.contender import ENGINES, PROMPT_TOKENS
-from eval.control_group import memory_limit
-from eval.random_model import SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
-from eval.timing import Samples
+from eval.speed.contender import ENGINES, PROMPT_TOKENS
+from eval.speed.control_group import memory_limit
+from eval.speed.random_model import SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
+from eval.speed.timing import Samples
 from kernels.cpu_matmul import read_seconds
 from offload.checkpoint import Checkpoint
 from offload.command import Progress, format_bytes, parse_bytes, say
@@ -208,7 +208,7 @@ def _process(
 ) -> Iterator[Callable[[str], Any]]:
     """Start an engine's process, under its limit, and yield the function that asks it."""
     context_tokens = max(options.prompt_tokens, PROMPT_TOKENS + options.tokens + 1)
-    command = [sys.executable, "-m", "eval.contender", engine, str(model), "--context", str(context_tokens)]
+    command = [sys.executable, "-m", "eval.speed.contender", engine, str(model), "--context", str(context_tokens)]
     if budget_bytes is not None:
         command += ["--cpu-memory", str(budget_bytes)]
     with ExitStack() as stack:

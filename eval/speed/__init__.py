@@ -1,0 +1,1 @@
+"""Speed, measured side by side with others and beside the physical limit."""
