@@ -16,7 +16,7 @@ using namespace int4;
 
 namespace {
 
-constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkBytes = 512 << 10;
 constexpr int64_t kBatchedChunkRows = 32;
 
 // From this many activations on tiles are faster, although they are only part full.
