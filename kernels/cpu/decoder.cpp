@@ -11,7 +11,7 @@ using namespace int4;
 
 namespace {
 
-constexpr int64_t kLargestShareBytes = 128 << 10, kSmallestShareBytes = 32 << 10;
+constexpr int64_t kLargestShareBytes = 512 << 10, kSmallestShareBytes = 32 << 10;
 constexpr int64_t kShares = 4;  // of a product for each thread, so that one that is held up is not waited for
 
 const DecoderKernels& decoder_kernels(int level) {
