@@ -128,10 +128,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerBlob:
-    """One shard: a contiguous range of one file and the tensors in it.
+    """One shard, or what of it is read as one: bytes of one file and the tensors in them.
 
     module: the decoder layer it holds ("model.layers.3"), "" for the first and last shard.
     offset, nbytes: the payload in `path`. checksums: xxh3-64 of each tensor's bytes, by name.
+    ranges: where it is not one range of the file, the offset and size of each; they lie in memory one behind the other,
+    each from a page on, and nbytes is what they take there.
     """
 
     path: Path
@@ -140,6 +142,7 @@ class LayerBlob:
     nbytes: int
     tensors: dict[str, TensorSpec]
     checksums: dict[str, str]
+    ranges: tuple[tuple[int, int], ...] = ()
 
     def without(self, name: str) -> "LayerBlob | None":
         """Return the range of pages that holds every tensor but one, None if there is no other."""

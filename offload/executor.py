@@ -31,8 +31,9 @@ from offload.planning.needs import count_needs
 from offload.planning.placement import Placement, plan
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords, flag
+from offload.read_queue import ReadQueue, read_blob
 from offload.skeleton import build_skeleton, read_config
-from offload.transfer import Slots, read_blob
+from offload.transfer import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ class Executor:
         self.blobs = [blob for blob in checkpoint.blobs if blob.module]
         self.reader = FileReader()
         streamed = [blob for blob, tier in zip(self.blobs, placement.tiers, strict=True) if tier == "disk"]
-        self.slots = Slots(streamed, placement.depth, self.reader, verify, poison) if streamed else None
+        self.queue = ReadQueue(self.reader, verify) if streamed else None
+        self.slots = Slots(streamed, placement.depth, self.queue, poison) if self.queue is not None else None
         self._views: dict[tuple[int, int], LayerView] = {}
         self._embedding: DiskEmbedding | None = None
         for blob, tier in zip(self.blobs, placement.tiers, strict=True):
@@ -178,9 +180,9 @@ class Executor:
     @property
     def stats(self) -> StreamingStats:
         """Counters since loading."""
-        if self.slots is None:
+        if self.queue is None:
             return StreamingStats(0, 0, 0.0, self.reader.direct)
-        return StreamingStats(self.slots.bytes_read, self.slots.reads, self.slots.wait_seconds, self.reader.direct)
+        return StreamingStats(self.queue.bytes_read, self.queue.reads, self.queue.wait_seconds, self.reader.direct)
 
     @property
     def head_memory(self) -> Tensor:
@@ -205,8 +207,8 @@ class Executor:
 
     def close(self) -> None:
         """Stop reading and close the files; the model cannot run afterwards."""
-        if self.slots is not None:
-            self.slots.close()
+        if self.queue is not None:
+            self.queue.close()
         self.reader.close()
         if self._embedding is not None:
             self._embedding.close()

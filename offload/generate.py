@@ -236,7 +236,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _limit(executor: Any) -> tuple[str, float]:
     """Measure what bounds decoding: reading the streamed layers from disk, or all weights from memory."""
     from kernels.cpu_matmul import read_seconds
-    from offload.transfer import read_blob
+    from offload.read_queue import read_blob
 
     if executor.slots is None:
         head = executor.head_memory
