@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
 from kernels.packed import codes_per_word
-from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
+from offload.checkpoint import Checkpoint, LayerBlob, describe_difference
+from offload.checksums import verify
 from offload.embedding import DiskEmbedding, plain_embedding
 from offload.errors import CheckpointError, ResourceError, UsageError
 from offload.fused import fuse
@@ -283,25 +283,3 @@ def _expected_tensors(
         if not checkpoint.recipe.symmetric:
             expected[name + ZERO] = ((-(-rows // per_word), groups), (torch.int32,))
     return expected
-
-
-def verify(blob: LayerBlob, arena: Arena) -> None:
-    """Compare every tensor in an arena with the manifest, and demand finite scales. Raises CheckpointError."""
-    for name, spec in blob.tensors.items():
-        found = xxhash.xxh3_64_hexdigest(arena.view(spec.offset, spec.nbytes))
-        if found != blob.checksums[name]:
-            raise CheckpointError(
-                f"{blob.path}: tensor {name!r} is damaged (checksum {found}, {blob.checksums[name]} in the manifest); "
-                "copy or download the checkpoint again"
-            )
-        if name.endswith(SCALE):
-            _check_scale(blob, name, arena, spec)
-
-
-def _check_scale(blob: LayerBlob, name: str, arena: Arena, spec: TensorSpec) -> None:
-    scale = arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
-    bad = int((~torch.isfinite(scale)).sum())
-    if bad:
-        raise CheckpointError(
-            f"{blob.path}: tensor {name!r} holds {bad} NaN or infinite scales; quantize the model again"
-        )
