@@ -12,7 +12,7 @@ a path unless it is a single component ending in .safetensors, and nothing is ev
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -143,17 +143,6 @@ class LayerBlob:
     tensors: dict[str, TensorSpec]
     checksums: dict[str, str]
     ranges: tuple[tuple[int, int], ...] = ()
-
-    def without(self, name: str) -> "LayerBlob | None":
-        """Return the range of pages that holds every tensor but one, None if there is no other."""
-        kept = {other: spec for other, spec in self.tensors.items() if other != name}
-        if not kept:
-            return None
-        start = min(spec.offset for spec in kept.values()) // PAYLOAD_ALIGNMENT * PAYLOAD_ALIGNMENT
-        end = max(spec.offset + spec.nbytes for spec in kept.values())
-        moved = {other: replace(spec, offset=spec.offset - start) for other, spec in kept.items()}
-        checksums = {other: self.checksums[other] for other in kept}
-        return replace(self, offset=self.offset + start, nbytes=end - start, tensors=moved, checksums=checksums)
 
 
 @dataclass(frozen=True, slots=True)

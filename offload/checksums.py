@@ -2,8 +2,9 @@
 
 import torch
 import xxhash
+from torch import Tensor
 
-from offload.checkpoint import LayerBlob, TensorSpec
+from offload.checkpoint import LayerBlob
 from offload.errors import CheckpointError
 from offload.layer_view import SCALE
 from offload.memory import Arena
@@ -15,7 +16,7 @@ def verify(blob: LayerBlob, arena: Arena) -> None:
         found = xxhash.xxh3_64_hexdigest(arena.view(spec.offset, spec.nbytes))
         check_digest(blob, name, found)
         if name.endswith(SCALE):
-            _check_scale(blob, name, arena, spec)
+            check_finite(blob, name, arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype))
 
 
 def check_digest(blob: LayerBlob, name: str, found: str) -> None:
@@ -27,8 +28,8 @@ def check_digest(blob: LayerBlob, name: str, found: str) -> None:
         )
 
 
-def _check_scale(blob: LayerBlob, name: str, arena: Arena, spec: TensorSpec) -> None:
-    scale = arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
+def check_finite(blob: LayerBlob, name: str, scale: Tensor) -> None:
+    """Raise CheckpointError if any of the scales of tensor `name` is NaN or infinite."""
     bad = int((~torch.isfinite(scale)).sum())
     if bad:
         raise CheckpointError(

@@ -31,7 +31,8 @@ class Read:
 class ReadQueue:
     """Reads blobs in a thread of its own, urgent ones first, else in the order in which they were asked for.
 
-    check(blob, arena): called in that thread after the first read of each blob; may raise CheckpointError.
+    check(blob, arena): called in that thread after the first read of each blob that has checksums; may raise
+    CheckpointError.
     bytes_read, reads, wait_seconds: counted since the beginning. on_read(blob, started, ended), if set, is told of
     every read, in the reader's thread, in the seconds of `time.perf_counter`. closed: nothing is read any more.
     """
@@ -107,7 +108,7 @@ class ReadQueue:
                 self.on_read(read.blob, started, time.perf_counter())
             self.bytes_read += read.blob.nbytes
             self.reads += 1
-            if id(read.blob) not in self._checked:
+            if read.blob.checksums and id(read.blob) not in self._checked:
                 self._check(read.blob, read.arena)
                 self._checked[id(read.blob)] = read.blob
         except BaseException as error:  # whatever it is belongs to the thread that waits for this blob

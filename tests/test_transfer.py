@@ -54,7 +54,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[LayerBlob, ...]:
     for position in range(len(SIZES)):
         (directory / str(position)).write_bytes(b"#" * PAGE_BYTES + payload(position))
     return tuple(
-        LayerBlob(directory / str(position), f"layers.{position}", PAGE_BYTES, size, {}, {})
+        LayerBlob(directory / str(position), f"layers.{position}", PAGE_BYTES, size, {}, {"all": "of it"})
         for position, size in enumerate(SIZES)
     )
 
