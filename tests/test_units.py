@@ -209,6 +209,21 @@ def test_a_part_is_the_pages_of_its_tensors(untied: Path) -> None:
         assert found.checksums == {name: blob.checksums[name]}
 
 
+def test_an_expert_is_one_range_of_its_shard(mixture: Path) -> None:
+    model = load(mixture, device_map="disk", slots=1)
+    units = executor_of(model).units
+    assert [len(experts) for experts in units.experts] == list(executor_counts(model))
+    for around, experts in zip(units.around, units.experts, strict=True):
+        assert len(around.ranges) in (0, 2)  # what is odd in size lies behind the experts
+        assert all(not expert.ranges for expert in experts)
+    executor_of(model).close()
+
+
+def executor_counts(model: PreTrainedModel) -> Iterator[int]:
+    for layer in executor_of(model).layers:
+        yield sum(len(module) for module in layer.modules() if isinstance(module, Experts))
+
+
 def test_the_head_is_streamed_when_the_budget_asks_for_it() -> None:
     needs = Needs(400 * MIB, 110 * MIB, 40 * MIB, 30 * MIB, (20 * MIB,) * 10, 0, 0, (10 * MIB,) * 10)
     least = needs.without_head().around_bytes + 20 * MIB
