@@ -195,12 +195,21 @@ class Executor:
 
     @property
     def head_memory(self) -> Tensor:
-        """The weight of the output embeddings as it lies in memory, uint8 [bytes]: what every token reads."""
+        """The weight of the output embeddings as it lies in memory, or a block of it, uint8 [bytes]."""
         head = self.model.get_output_embeddings()
         if isinstance(head, StreamedHead):
             return head.memory
         weight = head.packed.codes if isinstance(head, PackedLinear) and head.packed else head.weight.detach()
         return weight.reshape(-1).view(torch.uint8)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weights that decoding one token reads, wherever they lie, the head with them."""
+        head, experts = self.units.head, self.placement.needs.experts
+        layers = sum(blob.nbytes for blob in (self.units.layers if experts is None else self.units.around))
+        if experts is not None:
+            layers += sum(experts.touched(1)) * experts.expert_bytes
+        return layers + (self.head_memory if head is None else head.blob.tensors[head.module + PACKED]).nbytes
 
     def attach_apart(self) -> set[str]:
         """Leave embeddings in their shard and the head in blocks, as planned; return the tensors that are so apart."""

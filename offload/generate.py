@@ -155,7 +155,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     passes = len(clock.times) + (len(tokens) - 1) // _PREFILL_CHUNK_TOKENS
     decode_seconds = clock.times[-1] - clock.times[0]
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
-    bytes_per_token = sum(blob.nbytes for blob in executor.blobs) + executor.head_memory.nbytes
+    bytes_per_token = executor.bytes_per_token
     peak = peak_memory_bytes()
     limit, bandwidth = _limit(executor)
     bound = disk_bytes if limit == "disk" else bytes_per_token

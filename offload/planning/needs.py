@@ -61,8 +61,8 @@ class Needs:
         return replace(self, fixed_bytes=self.fixed_bytes - self.embedding_bytes, embedding_bytes=0)
 
     def without_head(self) -> "Needs":
-        """Return what is needed beside the blocks of the head."""
-        return replace(self, fixed_bytes=self.fixed_bytes - sum(self.head_blocks_bytes))
+        """Return what is needed beside the blocks of the head, whose pages together take more than it does whole."""
+        return replace(self, fixed_bytes=max(0, self.fixed_bytes - sum(self.head_blocks_bytes)))
 
     def without_experts(self, layers: Collection[int]) -> "Needs":
         """Return what is needed beside the experts of some layers."""
