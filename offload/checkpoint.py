@@ -12,7 +12,7 @@ a path unless it is a single component ending in .safetensors, and nothing is ev
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -128,10 +128,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerBlob:
-    """One shard: a contiguous range of one file and the tensors in it.
+    """One shard, or what of it is read as one: bytes of one file and the tensors in them.
 
     module: the decoder layer it holds ("model.layers.3"), "" for the first and last shard.
     offset, nbytes: the payload in `path`. checksums: xxh3-64 of each tensor's bytes, by name.
+    ranges: where it is not one range of the file, the offset and size of each; they lie in memory one behind the other,
+    each from a page on, and nbytes is what they take there.
     """
 
     path: Path
@@ -140,17 +142,7 @@ class LayerBlob:
     nbytes: int
     tensors: dict[str, TensorSpec]
     checksums: dict[str, str]
-
-    def without(self, name: str) -> "LayerBlob | None":
-        """Return the range of pages that holds every tensor but one, None if there is no other."""
-        kept = {other: spec for other, spec in self.tensors.items() if other != name}
-        if not kept:
-            return None
-        start = min(spec.offset for spec in kept.values()) // PAYLOAD_ALIGNMENT * PAYLOAD_ALIGNMENT
-        end = max(spec.offset + spec.nbytes for spec in kept.values())
-        moved = {other: replace(spec, offset=spec.offset - start) for other, spec in kept.items()}
-        checksums = {other: self.checksums[other] for other in kept}
-        return replace(self, offset=self.offset + start, nbytes=end - start, tensors=moved, checksums=checksums)
+    ranges: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

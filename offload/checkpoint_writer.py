@@ -10,6 +10,7 @@ import fcntl
 import fnmatch
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from offload.errors import BusyError, CheckpointError, ResourceError, UsageError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TENSOR_ALIGNMENT = 64
+_EXPERT = re.compile(r".*\.experts\.\d+\.")
 _PARTIAL = "partial"
 _LOCK = ".lock"
 
@@ -146,8 +148,9 @@ def open_writer(directory: Path, recipe: Recipe, num_shards: int, overwrite: boo
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Write a shard whose payload starts on a 4096-byte boundary; return the xxh3-64 of each tensor by name.
 
-    Tensors whose size keeps a 64-byte alignment come first, largest first; the odd ones follow by falling item size, so
-    that each starts on a multiple of its own. The format allows spaces behind its header and no hole between tensors.
+    Tensors whose size keeps a 64-byte alignment come first, largest first, those of an expert together behind the
+    others; the odd ones follow by falling item size, so that each starts on a multiple of its own. The format allows
+    spaces behind its header and no hole between tensors.
     """
     order = sorted(tensors, key=lambda name: _placement_key(name, tensors[name]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -164,9 +167,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: xxhash.xxh3_64_hexdigest(data) for name, data in zip(order, payload, strict=True)}
 
 
-def _placement_key(name: str, tensor: Tensor) -> tuple[bool, int, int, str]:
-    odd = tensor.nbytes % _TENSOR_ALIGNMENT != 0
-    return odd, -tensor.element_size() if odd else 0, -tensor.nbytes, name
+def _placement_key(name: str, tensor: Tensor) -> tuple[bool, int, str, int, str]:
+    if tensor.nbytes % _TENSOR_ALIGNMENT:
+        return True, -tensor.element_size(), "", -tensor.nbytes, name
+    expert = _EXPERT.match(name)
+    return False, 0, expert[0] if expert else "", -tensor.nbytes, name
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:

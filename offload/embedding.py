@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offload.checkpoint import LayerBlob
+from offload.checksums import check_digest
 from offload.errors import CheckpointError
 
 _CHUNK_BYTES = 8 << 20
@@ -74,11 +75,7 @@ class DiskEmbedding(nn.Module):
             checksum.update(part)
             done, left = done + len(part), left - len(part)
         os.posix_fadvise(self._descriptor, self._start, done, os.POSIX_FADV_DONTNEED)
-        if checksum.hexdigest() != self._blob.checksums[self._name]:
-            raise CheckpointError(
-                f"{self._blob.path}: tensor {self._name!r} is damaged (checksum {checksum.hexdigest()}, "
-                f"{self._blob.checksums[self._name]} in the manifest); copy or download the checkpoint again"
-            )
+        check_digest(self._blob, self._name, checksum.hexdigest())
 
     def _read(self, offset: int, target: memoryview) -> None:
         done = 0

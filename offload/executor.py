@@ -13,26 +13,32 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
 from kernels.packed import codes_per_word
-from offload.checkpoint import Checkpoint, LayerBlob, TensorSpec, describe_difference
-from offload.embedding import DiskEmbedding, plain_embedding
+from offload.checkpoint import Checkpoint, LayerBlob, describe_difference
+from offload.checksums import verify
+from offload.embedding import DiskEmbedding
 from offload.errors import CheckpointError, ResourceError, UsageError
+from offload.expert_cache import ExpertCache
+from offload.experts import Experts
 from offload.fused import fuse
+from offload.head import StreamedHead, verify_head
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO, LayerView, layer_view
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, trim_memory
 from offload.names import checkpoint_in_model
+from offload.planning.choice import plan
 from offload.planning.needs import count_needs
-from offload.planning.placement import Placement, plan
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords, flag
+from offload.read_queue import ReadQueue, read_blob
 from offload.skeleton import build_skeleton, read_config
-from offload.transfer import Slots, read_blob
+from offload.transfer import Slots
+from offload.units import Units, without
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +80,24 @@ def load(
     names = _replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]
-    embedding = plain_embedding(model, fixed)
+    units = Units.of(model, checkpoint)
     layers = [blob.module for blob in checkpoint.blobs if blob.module]
     wishes = wishes.on([name for name, _ in model.named_modules()], layers)
     trim_memory()
     needs = count_needs(
         config,
         checkpoint,
+        units,
         model.dtype.itemsize,
         context_tokens=context_tokens,
         batch_size=batch_size,
         chunk_tokens=prefill_chunk_tokens,
-        embedding_bytes=0 if embedding is None else embedding[0].tensors[embedding[1]].nbytes,
     )
-    executor = Executor(model, checkpoint, plan(needs, wishes, costs), poison)
+    executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison)
+    apart = executor.attach_apart()
     for blob in fixed:
-        if executor.placement.embedding_on_disk and embedding is not None and blob is embedding[0]:
-            executor.attach_embedding(*embedding)
-        else:
-            executor.attach_fixed(blob)
+        if (rest := without(blob, apart)) is not None:
+            executor.attach_fixed(rest)
     model.tie_weights()
     fuse(model, executor.layers, executor.in_memory)
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
@@ -135,15 +140,21 @@ def executor_of(model: PreTrainedModel) -> "Executor":
 class Executor:
     """Owns the memory of a model's weights and moves them under its decoder layers."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, placement: Placement, poison: bool) -> None:
-        self.model, self.checkpoint, self.placement = model, checkpoint, placement
-        self.blobs = [blob for blob in checkpoint.blobs if blob.module]
+    def __init__(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, units: Units, placement: Placement, poison: bool
+    ) -> None:
+        self.model, self.checkpoint, self.units, self.placement = model, checkpoint, units, placement
+        self.blobs = list(units.layers)
         self.reader = FileReader()
-        streamed = [blob for blob, tier in zip(self.blobs, placement.tiers, strict=True) if tier == "disk"]
-        self.slots = Slots(streamed, placement.depth, self.reader, verify, poison) if streamed else None
+        passed = [*units.placed(placement.experts_apart), *(units.head.blocks() if units.head else ())]
+        streamed = [blob for blob, tier in zip(passed, placement.units_tiers, strict=False) if tier == "disk"]
+        self.queue = ReadQueue(self.reader, verify) if streamed or placement.expert_slots else None
+        self.slots = Slots(streamed, placement.depth, self.queue, poison) if self.queue and streamed else None
         self._views: dict[tuple[int, int], LayerView] = {}
         self._embedding: DiskEmbedding | None = None
-        for blob, tier in zip(self.blobs, placement.tiers, strict=True):
+        if self.queue is not None and placement.expert_slots:
+            self._fetch_experts(self.queue, poison)
+        for blob, tier in zip(passed, placement.tiers, strict=False):
             layer = model.get_submodule(blob.module)
             if tier == "host":
                 arena = Arena(blob.nbytes)
@@ -164,11 +175,11 @@ class Executor:
     @contextmanager
     def in_memory(self, index: int) -> Iterator[None]:
         """Have the weights of decoder layer `index` attached for a while."""
-        blob = self.blobs[index]
-        if blob not in self.streamed_blobs:
+        modules = [blob.module for blob in self.streamed_blobs]
+        if self.blobs[index].module not in modules:
             yield
             return
-        position, layer = self.streamed_blobs.index(blob), self.model.get_submodule(blob.module)
+        position, layer = modules.index(self.blobs[index].module), self.layers[index]
         self._before(position, layer, ())
         try:
             yield
@@ -178,23 +189,63 @@ class Executor:
     @property
     def stats(self) -> StreamingStats:
         """Counters since loading."""
-        if self.slots is None:
+        if self.queue is None:
             return StreamingStats(0, 0, 0.0, self.reader.direct)
-        return StreamingStats(self.slots.bytes_read, self.slots.reads, self.slots.wait_seconds, self.reader.direct)
+        return StreamingStats(self.queue.bytes_read, self.queue.reads, self.queue.wait_seconds, self.reader.direct)
 
     @property
     def head_memory(self) -> Tensor:
-        """The weight of the output embeddings as it lies in memory, uint8 [bytes]: what every token reads."""
+        """The weight of the output embeddings as it lies in memory, or a block of it, uint8 [bytes]."""
         head = self.model.get_output_embeddings()
+        if isinstance(head, StreamedHead):
+            return head.memory
         weight = head.packed.codes if isinstance(head, PackedLinear) and head.packed else head.weight.detach()
         return weight.reshape(-1).view(torch.uint8)
 
-    def attach_embedding(self, blob: LayerBlob, name: str) -> None:
-        """Leave the embeddings `name` in their shard, and read what else there is in it."""
-        self._embedding = DiskEmbedding(blob, name, self.model.dtype)
-        self.model.set_submodule(name.removesuffix(".weight"), self._embedding)
-        if (rest := blob.without(name)) is not None:
-            self.attach_fixed(rest)
+    @property
+    def bytes_per_token(self) -> int:
+        """Weights that decoding one token reads, wherever they lie, the head with them."""
+        head, experts = self.units.head, self.placement.needs.experts
+        layers = sum(blob.nbytes for blob in (self.units.layers if experts is None else self.units.around))
+        if experts is not None:
+            layers += sum(experts.touched(1)) * experts.expert_bytes
+        return layers + (self.head_memory if head is None else head.blob.tensors[head.module + PACKED]).nbytes
+
+    def attach_apart(self) -> set[str]:
+        """Leave embeddings in their shard and the head in blocks, as planned; return the tensors that are so apart."""
+        apart: set[str] = set()
+        if self.placement.embedding_on_disk and self.units.embedding is not None:
+            blob, name = self.units.embedding
+            self._embedding = DiskEmbedding(blob, name, self.model.dtype)
+            self.model.set_submodule(name.removesuffix(".weight"), self._embedding)
+            apart.add(name)
+        if self.placement.head_tiers and self.units.head is not None:
+            head = self.units.head
+            verify_head(head, self.reader)
+            linear = self.model.get_submodule(head.module)
+            assert isinstance(linear, PackedLinear), "a head in blocks is packed"
+            streamed = StreamedHead(linear, head, self.checkpoint.recipe.group_size)
+            position = self.placement.tiers.count("disk")
+            for index, tier in enumerate(self.placement.head_tiers):
+                if tier == "disk" and self.slots is not None:
+                    streamed.stream(index, self.slots, position)
+                    position += 1
+                else:
+                    streamed.keep(index, self.reader)
+            self.model.set_submodule(head.module, streamed)
+            apart |= {*head.names, head.module + SHAPE}
+        return apart
+
+    def _fetch_experts(self, queue: ReadQueue, poison: bool) -> None:
+        """Let the lists of experts that are apart ask for those they route to."""
+        blobs = [blob for layer in self.placement.experts_apart for blob in self.units.experts[layer]]
+        cache = ExpertCache(blobs, self.placement.expert_slots, queue, self._view_of, poison)
+        for first, blob in enumerate(blobs):
+            module, _, index = blob.module.rpartition(".")
+            if index == "0":
+                experts = self.model.get_submodule(module)
+                assert isinstance(experts, Experts), "only these are apart"
+                experts.lend = partial(cache.lend, first)
 
     def attach_fixed(self, blob: LayerBlob) -> None:
         """Read what lies outside the decoder layers, in the model's dtype, to stay."""
@@ -205,8 +256,8 @@ class Executor:
 
     def close(self) -> None:
         """Stop reading and close the files; the model cannot run afterwards."""
-        if self.slots is not None:
-            self.slots.close()
+        if self.queue is not None:
+            self.queue.close()
         self.reader.close()
         if self._embedding is not None:
             self._embedding.close()
@@ -281,25 +332,3 @@ def _expected_tensors(
         if not checkpoint.recipe.symmetric:
             expected[name + ZERO] = ((-(-rows // per_word), groups), (torch.int32,))
     return expected
-
-
-def verify(blob: LayerBlob, arena: Arena) -> None:
-    """Compare every tensor in an arena with the manifest, and demand finite scales. Raises CheckpointError."""
-    for name, spec in blob.tensors.items():
-        found = xxhash.xxh3_64_hexdigest(arena.view(spec.offset, spec.nbytes))
-        if found != blob.checksums[name]:
-            raise CheckpointError(
-                f"{blob.path}: tensor {name!r} is damaged (checksum {found}, {blob.checksums[name]} in the manifest); "
-                "copy or download the checkpoint again"
-            )
-        if name.endswith(SCALE):
-            _check_scale(blob, name, arena, spec)
-
-
-def _check_scale(blob: LayerBlob, name: str, arena: Arena, spec: TensorSpec) -> None:
-    scale = arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
-    bad = int((~torch.isfinite(scale)).sum())
-    if bad:
-        raise CheckpointError(
-            f"{blob.path}: tensor {name!r} holds {bad} NaN or infinite scales; quantize the model again"
-        )

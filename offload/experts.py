@@ -9,7 +9,8 @@ Axes: E experts, T tokens, D hidden, I inner width of an expert, K experts that 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Stands where fused experts were, and is called as they are."""
+    """Stands where fused experts were, and is called as they are.
+
+    lend: yields the indices it is given, each while the weights of that expert are in memory.
+    """
 
     def __init__(self, fused: nn.Module) -> None:
         up, down = parts = _fused_parts(fused)
@@ -55,6 +59,7 @@ class Experts(nn.ModuleList):
         weights = zip(fused.get_parameter(up), fused.get_parameter(down), strict=True)
         super().__init__(Expert(parts[up], u.data, d.data, inner) for u, d in weights)
         self.fused = parts
+        self.lend: Callable[[Sequence[int]], Generator[int]] = _all_there
 
     def forward(self, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum over the experts of every token, [T, D]; index and weights are [T, K].
@@ -62,11 +67,16 @@ class Experts(nn.ModuleList):
         An expert that no token is sent to does not run.
         """
         sum_TD = torch.zeros_like(hidden_TD)
-        for index in top_k_index.unique().tolist():
-            token, place = torch.where(top_k_index == index)
-            output = self[index](hidden_TD[token]) * top_k_weights[token, place, None]
-            sum_TD.index_add_(0, token, output.to(sum_TD.dtype))
+        with closing(self.lend(top_k_index.unique().tolist())) as lent:
+            for index in lent:
+                token, place = torch.where(top_k_index == index)
+                output = self[index](hidden_TD[token]) * top_k_weights[token, place, None]
+                sum_TD.index_add_(0, token, output.to(sum_TD.dtype))
         return sum_TD
+
+
+def _all_there(indices: Sequence[int]) -> Generator[int]:
+    yield from indices
 
 
 def make_plain(model: nn.Module) -> None:

@@ -155,7 +155,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     passes = len(clock.times) + (len(tokens) - 1) // _PREFILL_CHUNK_TOKENS
     decode_seconds = clock.times[-1] - clock.times[0]
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
-    bytes_per_token = sum(blob.nbytes for blob in executor.blobs) + executor.head_memory.nbytes
+    bytes_per_token = executor.bytes_per_token
     peak = peak_memory_bytes()
     limit, bandwidth = _limit(executor)
     bound = disk_bytes if limit == "disk" else bytes_per_token
@@ -236,7 +236,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _limit(executor: Any) -> tuple[str, float]:
     """Measure what bounds decoding: reading the streamed layers from disk, or all weights from memory."""
     from kernels.cpu_matmul import read_seconds
-    from offload.transfer import read_blob
+    from offload.read_queue import read_blob
 
     if executor.slots is None:
         head = executor.head_memory

@@ -61,12 +61,14 @@ def layer_view(model: PreTrainedModel, blob: LayerBlob, arena: Arena, group_size
     for name in [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]:
         codes = tensors.pop(name + PACKED).view(torch.uint8)
         scale, zero = tensors.pop(name + SCALE), tensors.pop(name + ZERO, None)
-        tensors.pop(name + SHAPE)
+        tensors.pop(name + SHAPE, None)
         linear = layer.get_submodule(name)
         assert isinstance(linear, PackedLinear), f"{name} was not replaced"
         weight = PackedWeight(codes, scale, zero, group_size or linear.in_features, linear.bits)
         packed.append((linear, weight))
     for name, tensor in tensors.items():
+        if name.endswith(SHAPE):  # of an expert that is read apart
+            continue
         owner_name, _, key = name.rpartition(".")
         owner = layer.get_submodule(owner_name)
         if tensor.is_floating_point() and tensor.dtype != model.dtype:

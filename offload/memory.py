@@ -131,6 +131,11 @@ class FileReader:
         return descriptor, False
 
 
+def whole_pages(nbytes: int) -> int:
+    """Return `nbytes` rounded up to pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
 def trim_memory() -> None:
     """Give back to the system what imports and temporaries hold for nothing.
 

@@ -91,14 +91,14 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     import torch
 
     from offload.checkpoint import Checkpoint
-    from offload.embedding import plain_embedding
     from offload.memory import trim_memory
     from offload.names import checkpoint_in_model
+    from offload.planning.choice import plan
     from offload.planning.costs import Shape, recall_overheads
     from offload.planning.forecast import PREFILL_TOKENS, Subject
     from offload.planning.needs import count_needs
-    from offload.planning.placement import plan
     from offload.skeleton import build_skeleton, read_config
+    from offload.units import Units
 
     checkpoint = Checkpoint.open(options.model)
     config = read_config(checkpoint.directory)
@@ -110,16 +110,16 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     skeleton = build_skeleton(config, dtype)
     checkpoint = checkpoint_in_model(checkpoint, skeleton)
     wishes = wishes.on([name for name, _ in skeleton.named_modules()], layers)
-    embedding = plain_embedding(skeleton, [blob for blob in checkpoint.blobs if not blob.module])
+    units = Units.of(skeleton, checkpoint)
     trim_memory()
     needs = count_needs(
         config,
         checkpoint,
+        units,
         dtype.itemsize,
         context_tokens=options.context,
         batch_size=options.batch,
         chunk_tokens=PREFILL_TOKENS,
-        embedding_bytes=0 if embedding is None else embedding[0].tensors[embedding[1]].nbytes,
     )
     if wishes.gpu_word is None:
         plan(needs, wishes)
@@ -127,7 +127,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     if wishes.gpu_word is not None:
         wishes = _on_device(wishes, machine)
     return Subject(
-        shape=Shape.of(checkpoint, config, dtype.itemsize),
+        shape=Shape.of(checkpoint, units, config, dtype.itemsize),
         needs=replace(needs, device_runtime_bytes=machine.device_runtime_bytes),
         wishes=wishes,
         machine=machine,

@@ -33,8 +33,8 @@ class Trace:
         ]:
             module.register_forward_pre_hook(partial(self._enter, name))
             module.register_forward_hook(partial(self._leave, name))
-        if executor.slots is not None:
-            executor.slots.on_read = self._read
+        if executor.queue is not None:
+            executor.queue.on_read = self._read
 
     def write(self, path: Path) -> None:
         """Write what was noted. Raises ResourceError if that cannot be done."""

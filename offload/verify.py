@@ -80,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def check_sums(checkpoint: "Checkpoint") -> None:
     """Read every tensor past the page cache and compare it with the manifest. Raises CheckpointError."""
-    from offload.executor import verify
+    from offload.checksums import verify
     from offload.memory import Arena, FileReader
-    from offload.transfer import read_blob
+    from offload.read_queue import read_blob
 
     reader, arena = FileReader(), Arena(max(blob.nbytes for blob in checkpoint.blobs))
     progress = Progress("checksums", len(checkpoint.blobs))

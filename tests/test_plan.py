@@ -13,11 +13,11 @@ from offload.checkpoint import Checkpoint
 from offload.errors import ResourceError
 from offload.plan import main
 from offload.planning import machine, rehearsal, trial
+from offload.planning.choice import plan
 from offload.planning.costs import Overheads, Shape, decode_costs, model_key, prefill_costs
 from offload.planning.forecast import START_TOKENS
 from offload.planning.machine import Machine, load_cache, save_json
 from offload.planning.needs import Needs
-from offload.planning.placement import plan
 from offload.planning.predict import Costs, Tier, walk
 from offload.planning.rehearsal import rehearse
 from offload.planning.trial import Timing, Trial, run_trial

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from offload.command import parse_bytes
 from offload.errors import ResourceError
+from offload.planning.choice import plan
 from offload.planning.needs import Needs
-from offload.planning.placement import Placement, describe, plan
+from offload.planning.placement import Placement, describe
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from offload.checkpoint import LayerBlob
 from offload.errors import CheckpointError
 from offload.memory import PAGE_BYTES, Arena, FileReader
-from offload.transfer import Slots, read_blob
+from offload.read_queue import ReadQueue, read_blob
+from offload.transfer import Slots
 
 SIZES = (5000, 1, 4096, 12_345, 8192, 4097)
 
@@ -53,7 +54,7 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[LayerBlob, ...]:
     for position in range(len(SIZES)):
         (directory / str(position)).write_bytes(b"#" * PAGE_BYTES + payload(position))
     return tuple(
-        LayerBlob(directory / str(position), f"layers.{position}", PAGE_BYTES, size, {}, {})
+        LayerBlob(directory / str(position), f"layers.{position}", PAGE_BYTES, size, {}, {"all": "of it"})
         for position, size in enumerate(SIZES)
     )
 
@@ -71,11 +72,12 @@ def ring(
     poison: bool = True,
 ) -> Iterator[Slots]:
     reader = reader or FileReader()
-    slots = Slots(blobs, depth, reader, check, poison)
+    queue = ReadQueue(reader, check)
+    slots = Slots(blobs, depth, queue, poison)
     try:
         yield slots
     finally:
-        slots.close()
+        queue.close()
         reader.close()
 
 
@@ -121,21 +123,21 @@ def test_a_slot_in_use_is_not_written_and_nothing_is_read_beyond_the_ring(blobs:
     reader = Recorder()
     with ring(blobs, 3, reader) as slots:
         used = slots.arenas[slots.wait(0)]
-        eventually(lambda: slots.reads == 3)
+        eventually(lambda: slots.queue.reads == 3)
         time.sleep(0.02)
         assert reader.names == ["0", "1", "2"]
         assert bytes(used.view(0, SIZES[0])) == payload(0)
         slots.release(0)
-        eventually(lambda: slots.reads == 4)
+        eventually(lambda: slots.queue.reads == 4)
         assert reader.names == ["0", "1", "2", "3"]
 
 
 def test_a_wait_that_is_repeated_reads_nothing(blobs: tuple[LayerBlob, ...]) -> None:
     with ring(blobs[:3], 3) as slots:
         assert slots.wait(1) == slots.wait(1)
-        eventually(lambda: slots.reads == 3)
+        eventually(lambda: slots.queue.reads == 3)
         assert [found(slots, position) for position in range(3)] == [payload(position) for position in range(3)]
-        assert slots.reads == 3
+        assert slots.queue.reads == 3
 
 
 def test_a_freed_slot_is_filled_with_nan(blobs: tuple[LayerBlob, ...]) -> None:
@@ -258,7 +260,7 @@ def test_nothing_is_read_after_an_error_until_it_was_heard(blobs: tuple[LayerBlo
     reader.failing = {"3"}
     with ring(blobs, 3, reader) as slots:
         slots.wait(0)
-        eventually(lambda: slots.reads == 3)
+        eventually(lambda: slots.queue.reads == 3)
         reader.may_read.clear()
         for position in range(3):
             slots.release(position)
@@ -310,7 +312,7 @@ def test_a_blob_is_checked_once_it_has_passed(blobs: tuple[LayerBlob, ...]) -> N
 def test_counters(blobs: tuple[LayerBlob, ...]) -> None:
     reader = Recorder()
     with ring(blobs[:3], 1, reader) as slots:
-        assert (slots.reads, slots.bytes_read, slots.wait_seconds) == (0, 0, 0.0)
+        assert (slots.queue.reads, slots.queue.bytes_read, slots.queue.wait_seconds) == (0, 0, 0.0)
         reader.may_read.clear()
         timer = threading.Timer(0.2, reader.may_read.set)
         timer.start()
@@ -319,15 +321,15 @@ def test_counters(blobs: tuple[LayerBlob, ...]) -> None:
             if position < 2:
                 slots.release(position)
         timer.join()
-        assert (slots.reads, slots.bytes_read) == (3, sum(SIZES[:3]))
-        assert 0.02 < slots.wait_seconds < 20
+        assert (slots.queue.reads, slots.queue.bytes_read) == (3, sum(SIZES[:3]))
+        assert 0.02 < slots.queue.wait_seconds < 20
 
 
 def test_closing_ends_a_wait_in_another_thread(blobs: tuple[LayerBlob, ...]) -> None:
     reader = Recorder()
     reader.may_read.clear()
     before = set(threading.enumerate())
-    slots = Slots(blobs, 2, reader, accept)
+    slots = Slots(blobs, 2, ReadQueue(reader, accept))
     raised: list[BaseException] = []
 
     def wait() -> None:
@@ -336,7 +338,7 @@ def test_closing_ends_a_wait_in_another_thread(blobs: tuple[LayerBlob, ...]) -> 
         except CheckpointError as error:
             raised.append(error)
 
-    waiter, closer = threading.Thread(target=wait), threading.Thread(target=slots.close)
+    waiter, closer = threading.Thread(target=wait), threading.Thread(target=slots.queue.close)
     waiter.start()
     eventually(lambda: reader.names == ["0"])
     closer.start()
@@ -349,7 +351,7 @@ def test_closing_ends_a_wait_in_another_thread(blobs: tuple[LayerBlob, ...]) -> 
     assert set(threading.enumerate()) <= before
     with pytest.raises(CheckpointError, match="closed while it was running"):
         slots.wait(3)
-    slots.close()
+    slots.queue.close()
     reader.close()
 
 
@@ -371,7 +373,7 @@ def test_a_reset_waits_for_the_read_in_flight(blobs: tuple[LayerBlob, ...]) -> N
 def test_a_blob_is_read_in_chunks_to_where_it_belongs(
     blobs: tuple[LayerBlob, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.transfer._CHUNK_BYTES", PAGE_BYTES)
+    monkeypatch.setattr("offload.read_queue._CHUNK_BYTES", PAGE_BYTES)
     reader, arena = Recorder(), Arena(5 * PAGE_BYTES)
     arena.poison()
     read_blob(reader, blobs[3], arena, PAGE_BYTES)

@@ -80,7 +80,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
         return clock.times[1:]  # the prompt comes first
 
     def facts() -> dict[str, Any]:
-        weights = sum(blob.nbytes for blob in executor.blobs) + executor.head_memory.nbytes
+        weights = executor.bytes_per_token
         return {"bytes_per_token": weights, "disk_bytes_per_token": executor.placement.disk_bytes, **_memory()}
 
     return Engine(run, facts, generate)

@@ -30,7 +30,7 @@ from offload.checkpoint import Checkpoint
 from offload.command import Progress, format_bytes, parse_bytes, say
 from offload.errors import UsageError
 from offload.memory import Arena, FileReader
-from offload.transfer import read_blob
+from offload.read_queue import read_blob
 
 _READ_BYTES = 512 << 20
 _MODELS = Path("checkpoints") / "random"

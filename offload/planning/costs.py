@@ -10,26 +10,35 @@ from transformers import PretrainedConfig
 
 from kernels.cpu_build import library_name
 from offload.checkpoint import CONFIG_NAME, Checkpoint
+from offload.memory import whole_pages
+from offload.names import checkpoint_in_model
 from offload.planning.machine import Machine, cache_file, load_cache, save_json
-from offload.planning.needs import cache_bytes, layer_bytes
+from offload.planning.needs import ExpertNeeds, cache_bytes, expert_needs, layer_bytes
 from offload.planning.predict import Costs
-from offload.skeleton import read_config
+from offload.skeleton import build_skeleton, read_config
+from offload.units import Units
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What of a model counts for speed: bytes of each layer, its quantized weights, keys and values a token, head."""
+    """What of a model counts for speed: bytes of each layer, its quantized weights, keys and values a token, head.
+
+    head_blocks: of the head, if it can be streamed; experts: of the layers, if they have any.
+    """
 
     layers_bytes: tuple[int, ...]
     layers_weights: tuple[int, ...]
     cache_bytes_per_token: float
     head_bytes: int
+    head_blocks_bytes: tuple[int, ...] = ()
+    experts: ExpertNeeds | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, config: PretrainedConfig, element_bytes: int) -> "Shape":
+    def of(cls, checkpoint: Checkpoint, units: Units, config: PretrainedConfig, element_bytes: int) -> "Shape":
         """Read it off a checkpoint. element_bytes: of activations and of what is not quantized."""
         text = config.get_text_config(decoder=True)
         blobs = [blob for blob in checkpoint.blobs if blob.module]
+        blocks = () if units.head is None else tuple(whole_pages(block.nbytes) for block in units.head.blocks())
         weights = [
             sum(spec.nbytes for name, spec in blob.tensors.items() if name.endswith(".weight_packed")) for blob in blobs
         ]
@@ -37,8 +46,25 @@ class Shape:
             layers_bytes=layer_bytes(checkpoint),
             layers_weights=tuple(nbytes * 8 // checkpoint.recipe.bits for nbytes in weights),
             cache_bytes_per_token=cache_bytes(config, 1, element_bytes) / len(blobs),
-            head_bytes=text.vocab_size * text.hidden_size * element_bytes,
+            head_bytes=sum(blocks) or text.vocab_size * text.hidden_size * element_bytes,
+            head_blocks_bytes=blocks,
+            experts=expert_needs(config, units),
         )
+
+    def computed_bytes(self, tokens: int) -> tuple[int, ...]:
+        """Return what of each layer is multiplied in a pass over so many tokens: not the experts of none of them."""
+        if self.experts is None:
+            return self.layers_bytes
+        largest, parts = (
+            self.experts.expert_bytes,
+            zip(self.experts.around_bytes, self.experts.touched(tokens), strict=True),
+        )
+        return tuple(around + touched * largest for around, touched in parts)
+
+    def weights_per_token(self) -> tuple[float, ...]:
+        """Return the quantized weights of each layer that a token is multiplied by."""
+        sizes = zip(self.layers_weights, self.computed_bytes(1), self.layers_bytes, strict=True)
+        return tuple(weights * used / nbytes for weights, used, nbytes in sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +128,32 @@ def prefill_costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: 
 
 
 def _costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: int, around: float) -> Costs:
-    beside = overheads.computing_beside
+    beside, experts = overheads.computing_beside, shape.experts
+
+    def reading(sizes: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(read_seconds(machine, nbytes) + overheads.read_seconds for nbytes in sizes)
+
+    around_read: tuple[float, ...] = ()
+    fetch: tuple[float, ...] = ()
+    if experts is not None:
+        (expert_seconds,) = reading((experts.expert_bytes,))
+        around_read = reading(experts.around_bytes)
+        fetch = tuple(touched * expert_seconds for touched in experts.touched(tokens))
     return Costs(
         host_seconds=tuple(
             around
             + max(nbytes / machine.kernel_bytes_per_second, 2 * weights * tokens / machine.kernel_operations_per_second)
-            for nbytes, weights in zip(shape.layers_bytes, shape.layers_weights, strict=True)
+            for nbytes, weights in zip(shape.computed_bytes(tokens), shape.weights_per_token(), strict=True)
         ),
-        read_seconds=tuple(read_seconds(machine, nbytes) + overheads.read_seconds for nbytes in shape.layers_bytes),
+        read_seconds=reading(shape.layers_bytes),
         outside_seconds=shape.head_bytes / machine.read_bytes_per_second + overheads.outside_seconds,
         streamed_seconds=overheads.streamed_seconds,
         computing_beside=1 / (1 + machine.interference) if beside is None else beside,
         reading_beside=overheads.reading_beside,
+        head_seconds=tuple(nbytes / machine.read_bytes_per_second for nbytes in shape.head_blocks_bytes),
+        head_read_seconds=reading(shape.head_blocks_bytes),
+        around_read_seconds=around_read,
+        fetch_seconds=fetch,
     )
 
 
@@ -174,5 +214,8 @@ def recall_costs(directory: Path, context_tokens: int) -> Costs | None:
         return None
     machine = Machine.from_json(load_cache(cache_file(checkpoint.directory))["machine"])
     config = read_config(checkpoint.directory)
-    shape = Shape.of(checkpoint, config, (getattr(config, "dtype", None) or torch.bfloat16).itemsize)
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    skeleton = build_skeleton(config, dtype)
+    checkpoint = checkpoint_in_model(checkpoint, skeleton)
+    shape = Shape.of(checkpoint, Units.of(skeleton, checkpoint), config, dtype.itemsize)
     return decode_costs(shape, machine, overheads, context_tokens)

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass, replace
 
 from offload.command import format_bytes
+from offload.planning.choice import plan
 from offload.planning.costs import Overheads, Shape, decode_costs, prefill_costs
 from offload.planning.machine import Machine
 from offload.planning.needs import Needs
-from offload.planning.placement import Placement, plan
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes
 

@@ -26,8 +26,8 @@ from kernels.packed import PackedWeight
 from offload.checkpoint import LayerBlob
 from offload.errors import InputError
 from offload.memory import PAGE_BYTES, Arena, FileReader
+from offload.read_queue import read_blob
 from offload.source import cache_directory
-from offload.transfer import read_blob
 
 _POOL_BYTES = 256 << 20
 _ROWS, _INPUTS, _GROUP_SIZE = 4096, 4096, 64

@@ -1,11 +1,13 @@
 """What a model takes, in bytes, before any of it is loaded: counted from its configuration and its files."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from offload.checkpoint import Checkpoint
-from offload.memory import own_memory_bytes
+from offload.checkpoint import Checkpoint, LayerBlob
+from offload.memory import own_memory_bytes, whole_pages
+from offload.units import Units
 
 CODE_BYTES = 180 << 20
 """What the code of Python, torch and transformers takes once a model has run. The kernel counts whole pieces of a file
@@ -16,13 +18,32 @@ _RESERVE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNeeds:
+    """Experts that can be fetched when they are routed to.
+
+    expert: the largest. counts: of experts, an entry a decoder layer. around: the layers without them. per_token: of
+    the experts of a layer, those that a token is sent to.
+    """
+
+    expert_bytes: int
+    counts: tuple[int, ...]
+    around_bytes: tuple[int, ...]
+    per_token: int
+
+    def touched(self, tokens: int) -> tuple[int, ...]:
+        """Return how many experts of each layer so many tokens are sent to, at most."""
+        return tuple(min(count, tokens * self.per_token) for count in self.counts)
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What a model takes beside its decoder layers, in bytes, and what each layer takes.
 
     runtime: Python, torch and transformers, their code included. fixed: embeddings, norms and head. cache: keys and
     values at the asked context. activations: the largest pass. layers: one entry a decoder layer, in order.
     device_runtime: what a GPU's memory holds before any tensor. embedding: what of the fixed bytes is a table that can
-    stay on disk.
+    stay on disk. head_blocks: what of them is the head, in blocks that can be streamed; none if it cannot. experts:
+    what of the layers are experts, None if they have none.
     """
 
     runtime_bytes: int
@@ -32,10 +53,23 @@ class Needs:
     layers_bytes: tuple[int, ...]
     device_runtime_bytes: int = 0
     embedding_bytes: int = 0
+    head_blocks_bytes: tuple[int, ...] = ()
+    experts: ExpertNeeds | None = None
 
     def without_embedding(self) -> "Needs":
         """Return what is needed when the embeddings are left on disk."""
         return replace(self, fixed_bytes=self.fixed_bytes - self.embedding_bytes, embedding_bytes=0)
+
+    def without_head(self) -> "Needs":
+        """Return what is needed beside the blocks of the head, whose pages together take more than it does whole."""
+        return replace(self, fixed_bytes=max(0, self.fixed_bytes - sum(self.head_blocks_bytes)))
+
+    def without_experts(self, layers: Collection[int]) -> "Needs":
+        """Return what is needed beside the experts of some layers."""
+        if self.experts is None or not layers:
+            return self
+        around = enumerate(zip(self.layers_bytes, self.experts.around_bytes, strict=True))
+        return replace(self, layers_bytes=tuple(less if at in layers else whole for at, (whole, less) in around))
 
     @property
     def around_bytes(self) -> int:
@@ -51,18 +85,18 @@ class Needs:
 def count_needs(
     config: PretrainedConfig,
     checkpoint: Checkpoint,
+    units: Units,
     element_bytes: int,
     *,
     context_tokens: int,
     batch_size: int,
     chunk_tokens: int,
     device_runtime_bytes: int = 0,
-    embedding_bytes: int = 0,
 ) -> Needs:
     """Return the needs of a checkpoint in this process, as it is before loading.
 
-    element_bytes: of activations, keys and values, and of what is not quantized. chunk_tokens: tokens of each sequence
-    in the largest pass. embedding_bytes: of a table of embeddings that can stay on disk, as it lies there.
+    units: what of it can be had apart. element_bytes: of activations, keys and values, and of what is not quantized.
+    chunk_tokens: tokens of each sequence in the largest pass.
     """
     fixed = sum(blob.nbytes for blob in checkpoint.blobs if not blob.module)
     return Needs(
@@ -72,8 +106,28 @@ def count_needs(
         activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens)),
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
-        embedding_bytes=int(embedding_bytes * element_bytes / 2),
+        embedding_bytes=0 if units.embedding is None else int(_table_bytes(*units.embedding) * element_bytes / 2),
+        head_blocks_bytes=() if units.head is None else tuple(whole_pages(b.nbytes) for b in units.head.blocks()),
+        experts=expert_needs(config, units),
     )
+
+
+def expert_needs(config: PretrainedConfig, units: Units) -> ExpertNeeds | None:
+    """Return what of a model's layers are experts, None if there are none that could be fetched."""
+    experts = [blob.nbytes for layer in units.experts for blob in layer]
+    if not experts:
+        return None
+    per_token = getattr(config.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
+    return ExpertNeeds(
+        expert_bytes=whole_pages(max(experts)),
+        counts=tuple(len(layer) for layer in units.experts),
+        around_bytes=tuple(whole_pages(blob.nbytes) for blob in units.around),
+        per_token=per_token,
+    )
+
+
+def _table_bytes(blob: LayerBlob, name: str) -> int:
+    return blob.tensors[name].nbytes
 
 
 def cache_bytes(config: PretrainedConfig, context_tokens: int, element_bytes: int) -> int:
@@ -100,4 +154,4 @@ def activation_bytes(config: PretrainedConfig, chunk_tokens: int) -> int:
 
 def layer_bytes(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return the payload of every decoder layer, rounded up to the pages it takes in memory."""
-    return tuple(-(-blob.nbytes // 4096) * 4096 for blob in checkpoint.blobs if blob.module)
+    return tuple(whole_pages(blob.nbytes) for blob in checkpoint.blobs if blob.module)

@@ -1,32 +1,27 @@
-"""Where every layer lives: decided from sizes, budgets and the speed of the links before anything is loaded.
+"""Where everything lives, what that takes, and how it is said; `choice` decides.
 
 Without a GPU a decoder layer is either on the `host`, in memory for good, or on `disk`, read into a ring of slots for
-each pass. With one it is `resident` there, `staged` (copied from pinned memory into a ring on the device), `mapped`
+each pass; so is each block of the head where that is apart, and experts that are apart are fetched into slots of their
+own. With a GPU a layer is `resident` there, `staged` (copied from pinned memory into a ring on the device), `mapped`
 (read across the bus by the kernel), computed on the `host`, or on `disk` and then one of the last three. Embeddings,
 norms and head are on the device if any layer is. A budget is one for the whole process, Python and the libraries in it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offload.command import format_bytes
-from offload.errors import ResourceError
 from offload.planning.needs import Needs
 from offload.planning.predict import Costs, Tier, Way, walk
-from offload.planning.wishes import Wishes
-
-_DEPTH = 3
-_DEVICE_DEPTH = 2
-_MIXES = 8
-"""Shares of the layers beside the device that are tried as staged, the others computed on the host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The tier of every decoder layer, the depth of the ring for those on disk, and what all of it takes.
 
-    needs: of what is in memory, so without the embeddings if they are on disk. device_depth: slots on the GPU for what
-    is copied there. way: what becomes of a layer that was read from disk.
+    needs: of what is in memory, so without the embeddings if they are on disk, without a head or experts that are
+    apart. device_depth: slots on the GPU for what is copied there. way: what becomes of a layer that was read from
+    disk. head_tiers: of the blocks of the head; none if it is one whole, in memory. experts_apart: layers whose experts
+    are fetched when they are routed to, into expert_slots slots, which all of them share.
     """
 
     tiers: tuple[Tier, ...]
@@ -37,6 +32,9 @@ class Placement:
     device_budget_bytes: int | None = None
     way: Way = "host"
     embedding_on_disk: bool = False
+    head_tiers: tuple[Tier, ...] = ()
+    experts_apart: tuple[int, ...] = ()
+    expert_slots: int = 0
 
     @property
     def uses_device(self) -> bool:
@@ -49,18 +47,44 @@ class Placement:
         return tuple(self.way if tier == "disk" else tier for tier in self.tiers)
 
     def bytes_in(self, *tiers: Tier) -> int:
-        """Return the bytes of the layers in these tiers."""
-        return sum(n for n, tier in zip(self.needs.layers_bytes, self.tiers, strict=True) if tier in tiers)
+        """Return the bytes of the layers, and of the head's blocks, in these tiers."""
+        return sum(nbytes for nbytes, tier in zip(self.units_bytes, self.units_tiers, strict=True) if tier in tiers)
+
+    @property
+    def units_tiers(self) -> tuple[Tier, ...]:
+        """Tiers of all that a pass goes through: the layers, and the blocks of the head if it is apart."""
+        return self.tiers + self.head_tiers
+
+    @property
+    def units_bytes(self) -> tuple[int, ...]:
+        """Bytes of the same."""
+        return self.needs.layers_bytes + (self.needs.head_blocks_bytes if self.head_tiers else ())
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that one pass over the model reads from disk."""
-        return self.bytes_in("disk")
+        """Bytes that one token reads from disk; of experts, those it misses where each is routed to as often."""
+        experts = self.needs.experts
+        if experts is None:
+            return self.bytes_in("disk")
+        touched = sum(experts.touched(1)[layer] for layer in self.experts_apart)
+        return self.bytes_in("disk") + int(self.missed_share * touched * experts.expert_bytes)
+
+    @property
+    def missed_share(self) -> float:
+        """Of the experts that are routed to, those that are not in a slot, where each is routed to as often."""
+        experts = self.needs.experts
+        total = 0 if experts is None else sum(experts.counts[layer] for layer in self.experts_apart)
+        return max(0.0, 1 - self.expert_slots / total) if total else 0.0
 
     @property
     def slots_bytes(self) -> int:
         """Bytes of the ring in host memory."""
-        return self.depth * max(self.needs.layers_bytes) if self.disk_bytes else 0
+        return self.depth * max(self.units_bytes) if "disk" in self.units_tiers else 0
+
+    @property
+    def expert_slots_bytes(self) -> int:
+        """Bytes of the experts' slots in host memory."""
+        return 0 if self.needs.experts is None else self.expert_slots * self.needs.experts.expert_bytes
 
     @property
     def host_cache_bytes(self) -> int:
@@ -72,8 +96,8 @@ class Placement:
         """The process's peak, as planned."""
         needs = self.needs
         fixed = 0 if self.uses_device else needs.fixed_bytes
-        layers = self.bytes_in("host", "staged", "mapped")
-        return needs.runtime_bytes + fixed + self.host_cache_bytes + needs.working_bytes + layers + self.slots_bytes
+        held = self.bytes_in("host", "staged", "mapped") + self.slots_bytes + self.expert_slots_bytes
+        return needs.runtime_bytes + fixed + self.host_cache_bytes + needs.working_bytes + held
 
     @property
     def device_bytes(self) -> int:
@@ -103,159 +127,18 @@ class Placement:
     @property
     def streamed_bytes(self) -> int:
         """Bytes that cross a link in every pass."""
-        return self.bytes_in("disk", "staged", "mapped")
+        return self.disk_bytes + self.bytes_in("staged", "mapped")
 
     def seconds(self, costs: Costs) -> float:
         """Return what a pass takes."""
-        return walk(self.tiers, costs, self.depth, self.device_depth, self.way).seconds
+        if self.experts_apart:
+            costs = costs.with_experts_apart(self.experts_apart, self.missed_share)
+        if self.head_tiers:
+            costs = costs.with_head_apart()
+        return walk(self.units_tiers, costs, self.depth, self.device_depth, self.way).seconds
 
 
-def plan(needs: Needs, wishes: Wishes | int | None, costs: Costs | None = None) -> Placement:
-    """Return the placement that keeps the budgets and, as predicted from `costs`, is the fastest.
-
-    wishes: or a budget for the process in bytes, None for no limit. Without costs the ring has as many slots as fit, at
-    most three, and everything else is kept. Never streams what fits, and uses the whole GPU before it streams a byte.
-    Raises ResourceError naming the smallest budget that would do.
-    """
-    if not isinstance(wishes, Wishes):
-        wishes = Wishes(cpu_bytes=wishes)
-    found = _with_device(needs, wishes) if wishes.gpu_word else _without_device(needs, wishes)
-    candidates = list(dict.fromkeys(found))  # without layers on disk, rings of any depth are the same
-    fitting = [placement for placement in candidates if placement.fits]
-    if not fitting:
-        raise ResourceError(_too_small(min(candidates, key=_shortage_bytes)))
-    if costs is None or set(fitting[0].tiers) in ({"host"}, {"resident"}):
-        return fitting[0]
-    return min(fitting, key=lambda placement: (placement.seconds(costs), placement.streamed_bytes))
-
-
-def _shortage_bytes(placement: Placement) -> int:
-    return placement.host_shortage_bytes + placement.device_shortage_bytes
-
-
-def _without_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
-    """Yield what host and disk can do: everything kept; all but the embeddings; then rings, deep ones first."""
-    count, largest, budget = len(needs.layers_bytes), max(needs.layers_bytes), wishes.cpu_bytes
-    lean, on_disk = needs.without_embedding(), needs.embedding_bytes > 0
-    if wishes.layers is not None:
-        tiers: tuple[Tier, ...] = tuple("disk" if device == "disk" else "host" for device in wishes.layers)
-        for depth in _depths(wishes, tiers.count("disk")):
-            yield Placement(tiers, depth, needs, budget)
-        for depth in _depths(wishes, tiers.count("disk")):
-            yield Placement(tiers, depth, lean, budget, embedding_on_disk=on_disk)
-        return
-    host: Tier = "host"
-    kept_whole = (host,) * count
-    for placement in (
-        Placement(kept_whole, 0, needs, budget),
-        Placement(kept_whole, 0, lean, budget, embedding_on_disk=on_disk),
-    ):
-        yield placement
-        if placement.fits:
-            return
-    assert budget is not None, "without one everything fits"
-    for depth in _depths(wishes, count):
-        kept = max(0, min((budget - lean.around_bytes - depth * largest) // largest, count - 1))
-        tiers = _arranged(count, 0, count - kept, 0, "host", wishes)
-        yield Placement(tiers, min(depth, count - kept), lean, budget, embedding_on_disk=on_disk)
-
-
-def _with_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
-    """Yield placements that fill the GPU, and differ in what becomes of the other layers."""
-    ways: list[tuple[Way, float]] = [("host", 0.0), ("mapped", 0.0), ("staged", 1.0)]
-    ways += [("host", share / _MIXES) for share in range(1, _MIXES)]
-    for way, staged_share in ways:
-        for depth in _depths(wishes, len(needs.layers_bytes)):
-            placement = _filled(needs, wishes, way, staged_share, depth)
-            if placement.uses_device and (placement.device_depth or not staged_share):  # else it is no mix at all
-                yield placement
-
-
-def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: int) -> Placement:
-    """Return the placement with the most layers on the GPU, then the fewest on disk, whether it fits or not."""
-    count = len(needs.layers_bytes)
-
-    def with_layers(resident: int, on_disk: int) -> Placement:
-        staged = round(staged_share * (count - resident - on_disk))
-        tiers = _arranged(count, resident, on_disk, staged, way, wishes)
-        copied = tiers.count("staged") + (tiers.count("disk") if way == "staged" else 0)
-        slots, device_slots = min(depth, tiers.count("disk")), min(_DEVICE_DEPTH, copied)
-        return Placement(tiers, slots, needs, wishes.cpu_bytes, device_slots, wishes.gpu_bytes, way)
-
-    def fewest_on_disk(resident: int) -> int:
-        if wishes.layers is not None:
-            return 0  # the map says which
-        others = count - resident
-        return next(
-            (number for number in range(others) if not with_layers(resident, number).host_shortage_bytes), others
-        )
-
-    wished = _wished_resident(needs, wishes)
-    if wished is not None:
-        return with_layers(wished, fewest_on_disk(wished))
-    fitting = (number for number in range(count, -1, -1) if not with_layers(number, 0).device_shortage_bytes)
-    resident = next(fitting, 0)
-    found = with_layers(resident, fewest_on_disk(resident))
-    while resident < count:  # what went to disk may have made room on the GPU
-        resident += 1
-        larger = with_layers(resident, fewest_on_disk(resident))
-        if not larger.fits:
-            break
-        found = larger
-    return found
-
-
-def _wished_resident(needs: Needs, wishes: Wishes) -> int | None:
-    """Return how many layers are to be on the GPU, None to choose."""
-    count = len(needs.layers_bytes)
-    if wishes.layers is not None:
-        return wishes.layers.count("gpu")
-    if wishes.gpu_layers is not None:
-        return count if wishes.gpu_layers < 0 else min(wishes.gpu_layers, count)
-    if wishes.gpu_percent is not None:
-        return int(count * wishes.gpu_percent / 100)
-    if wishes.cpu_offload_bytes is not None:
-        return max(0, count - -(-wishes.cpu_offload_bytes // max(needs.layers_bytes)))
-    return None
-
-
-def _depths(wishes: Wishes, count: int) -> range:
-    """Return the depths of the ring that are to be tried, deepest first."""
-    most = min(wishes.slots or _DEPTH, count)
-    return range(most, most - 1 if wishes.slots or not count else 0, -1)
-
-
-def _arranged(count: int, resident: int, on_disk: int, staged: int, way: Way, wishes: Wishes) -> tuple[Tier, ...]:
-    """Return tiers with `resident` layers on the GPU, `on_disk` there, `staged`, and the others computed by `way`.
-
-    Each kind is spread evenly between the slower ones, so that links have the time of the layers between for every
-    transfer, or comes before them if that is wished. A device map is followed to the letter.
-    """
-    tiers: list[Tier] = ["disk"] * count
-
-    def put(tier: Tier, places: list[int]) -> None:
-        for place in places:
-            tiers[place] = tier
-
-    if wishes.layers is None:
-        on_device = _some(list(range(count)), resident, wishes.sequential)
-        others = [place for place in range(count) if place not in set(on_device)]
-        kept = _some(others, len(others) - on_disk, wishes.sequential)
-    else:
-        on_device = [place for place, device in enumerate(wishes.layers) if device == "gpu"]
-        kept = [place for place, device in enumerate(wishes.layers) if device == "cpu"]
-    put("resident", on_device)
-    put(way, kept)
-    put("staged", _some(kept, min(staged, len(kept)), wishes.sequential))
-    return tuple(tiers)
-
-
-def _some(places: list[int], number: int, first: bool) -> list[int]:
-    """Return `number` of the places: the first, or evenly spread."""
-    return places[:number] if first else [places[index * len(places) // number] for index in range(number)]
-
-
-def _too_small(placement: Placement) -> str:
+def too_small(placement: Placement) -> str:
     """Say what the smallest placement that was found would need; rounded up, as it is to be tried."""
     needs, one = placement.needs, max(placement.needs.layers_bytes)
     if placement.device_shortage_bytes:
@@ -269,10 +152,12 @@ def _too_small(placement: Placement) -> str:
         ]
         return _refusal("--gpu-memory", placement.device_budget_bytes, placement.device_bytes, parts)
     assert placement.budget_bytes is not None, "without a budget there is no shortage"
-    held = placement.expected_bytes - placement.slots_bytes - sum(n for n, _ in _host_parts(placement))
     parts = _host_parts(placement)
+    held = placement.expected_bytes - placement.slots_bytes - placement.expert_slots_bytes - sum(n for n, _ in parts)
     parts += [(held, "for layers that the map keeps")] if held else []
     parts += [(placement.slots_bytes, "for one layer" if placement.depth == 1 else f"for {placement.depth} layers")]
+    experts = "for one expert" if placement.expert_slots == 1 else f"for {placement.expert_slots} experts"
+    parts += [(placement.expert_slots_bytes, experts)] if placement.expert_slots else []
     return _refusal("--cpu-memory", placement.budget_bytes, placement.expected_bytes, parts)
 
 
@@ -280,7 +165,10 @@ def _host_parts(placement: Placement) -> list[tuple[int, str]]:
     needs = placement.needs
     return [
         (needs.runtime_bytes, "for Python, torch and transformers"),
-        (0 if placement.uses_device else needs.fixed_bytes, "for embeddings and head"),
+        (
+            0 if placement.uses_device else needs.fixed_bytes,
+            "for embeddings and norms" if placement.head_tiers else "for embeddings and head",
+        ),
         (placement.host_cache_bytes, "for keys and values"),
         (needs.working_bytes, "for activations and reserve"),
     ]
@@ -297,19 +185,16 @@ def _refusal(budget_flag: str, budget: int, smallest: int, parts: list[tuple[int
 def describe(placement: Placement) -> str:
     """Return the plan as lines for a person."""
     needs = placement.needs
-    around = "norms, head; embeddings on disk" if placement.embedding_on_disk else "embeddings, norms, head"
     lines = [
         ("Python, torch, transformers", needs.runtime_bytes),
-        *([] if placement.uses_device else [(around, needs.fixed_bytes)]),
+        *([] if placement.uses_device else [(_around(placement), needs.fixed_bytes)]),
         ("keys and values", placement.host_cache_bytes),
         ("activations and reserve", needs.working_bytes),
         *_layer_lines(
             placement, {"host": "kept in memory", "staged": "copied to the GPU", "mapped": "read by the GPU"}
         ),
+        *_apart_lines(placement),
     ]
-    if placement.disk_bytes:
-        number = placement.tiers.count("disk")
-        lines.append((f"ring of {placement.depth} slots for the other {number}, on disk", placement.slots_bytes))
     text = _sum(lines, placement.expected_bytes, placement.budget_bytes)
     if placement.uses_device:
         on_device = [
@@ -324,10 +209,39 @@ def describe(placement: Placement) -> str:
     return f"plan\n{text}\n  {format_bytes(placement.disk_bytes):>10}  read from disk for every pass over the model"
 
 
+def _around(placement: Placement) -> str:
+    """Say what lies around the layers in memory."""
+    if placement.head_tiers:
+        return "norms; embeddings on disk" if placement.embedding_on_disk else "embeddings, norms"
+    return "norms, head; embeddings on disk" if placement.embedding_on_disk else "embeddings, norms, head"
+
+
+def _apart_lines(placement: Placement) -> list[tuple[str, int]]:
+    """Say what of the head and of experts is kept apart from what surrounds it, and what the ring is for."""
+    needs, blocks, lines = placement.needs, len(placement.head_tiers), []
+    if kept := placement.head_tiers.count("host"):
+        nbytes = sum(n for n, tier in zip(needs.head_blocks_bytes, placement.head_tiers, strict=True) if tier == "host")
+        lines.append((f"{kept} of {blocks} blocks of the head, kept in memory", nbytes))
+    if placement.slots_bytes:
+        layers, streamed = placement.tiers.count("disk"), placement.head_tiers.count("disk")
+        others = [f"the other {layers}"] if layers else []
+        others += [f"{streamed} of {blocks} blocks of the head"] if streamed else []
+        lines.append((f"ring of {placement.depth} slots for {' and '.join(others)}, on disk", placement.slots_bytes))
+    if needs.experts is not None and placement.expert_slots:
+        count = sum(needs.experts.counts[layer] for layer in placement.experts_apart)
+        what = f"slots for {placement.expert_slots} of {count} experts, read when they are routed to"
+        lines.append((what, placement.expert_slots_bytes))
+    return lines
+
+
 def _layer_lines(placement: Placement, words: dict[Tier, str]) -> list[tuple[str, int]]:
     count, tiers = len(placement.tiers), placement.tiers
+    bytes_of = placement.needs.layers_bytes
     return [
-        (f"{tiers.count(tier)} of {count} layers, {what}", placement.bytes_in(tier))
+        (
+            f"{tiers.count(tier)} of {count} layers, {what}",
+            sum(n for n, t in zip(bytes_of, tiers, strict=True) if t == tier),
+        )
         for tier, what in words.items()
         if tier in tiers or (tier == "host" and not placement.uses_device)
     ]

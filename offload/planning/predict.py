@@ -2,11 +2,12 @@
 
 The walk follows the executor's own rules (`offload/transfer.py`): one reader takes the layers on disk in order, around
 the end of the model, as far ahead as the ring has free slots; one link copies to the device likewise; a layer runs when
-it is there and the one before has ended. So depth, spread and what a slow link hides behind are all counted.
+it is there and the one before has ended. Experts that are not in memory are read once a layer has begun, before what
+is read ahead. So depth, spread and what a slow link hides behind are all counted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Tier = Literal["resident", "staged", "mapped", "host", "disk"]
@@ -25,6 +26,10 @@ class Costs:
     a ring takes beside that, to be put in its place. outside: what lies between two passes over the layers, head and
     sampling, without and with a device. computing_beside, reading_beside: share of their own speed that computing on
     the CPU and reading keep while both run.
+
+    What can be had apart: head, head_read: computing and reading each block of the head, the former a part of outside.
+    around_read: reading a layer without its experts. fetch: reading all experts that a layer needs, for want of which
+    it waits.
     """
 
     host_seconds: tuple[float, ...]
@@ -37,6 +42,30 @@ class Costs:
     mapped_seconds: tuple[float, ...] = ()
     copy_seconds: tuple[float, ...] = ()
     outside_device_seconds: float = 0.0
+    head_seconds: tuple[float, ...] = ()
+    head_read_seconds: tuple[float, ...] = ()
+    around_read_seconds: tuple[float, ...] = ()
+    fetch_seconds: tuple[float, ...] = ()
+
+    def with_experts_apart(self, layers: Collection[int], missed: float) -> "Costs":
+        """Return the costs where the experts of some layers are fetched, a share `missed` of them from disk."""
+        count, around = len(self.read_seconds), self.around_read_seconds
+        return replace(
+            self,
+            read_seconds=tuple((around if at in layers else self.read_seconds)[at] for at in range(count)),
+            fetch_seconds=tuple(missed * self.fetch_seconds[at] if at in layers else 0.0 for at in range(count)),
+        )
+
+    def with_head_apart(self) -> "Costs":
+        """Return the costs of as many layers and, behind them, the blocks of the head, one entry each."""
+        nothing = (0.0,) * len(self.head_seconds)
+        return replace(
+            self,
+            host_seconds=self.host_seconds + self.head_seconds,
+            read_seconds=self.read_seconds + self.head_read_seconds,
+            fetch_seconds=self.fetch_seconds and self.fetch_seconds + nothing,
+            outside_seconds=max(0.0, self.outside_seconds - sum(self.head_seconds)),
+        )
 
     def of(self, how: Tier) -> tuple[float, ...]:
         """Return the seconds of computing each layer in a way."""
@@ -64,12 +93,14 @@ def walk(tiers: Sequence[Tier], costs: Costs, depth: int, device_depth: int = 0,
         for index, (tier, how) in enumerate(zip(tiers, hows, strict=True))
     ]
     outside = costs.outside_seconds if set(hows) == {"host"} else costs.outside_device_seconds
+    fetches = costs.fetch_seconds or (0.0,) * len(work)
     machine = _Machine(tiers, hows, costs, depth, device_depth)
     started = waited = 0.0
     for _ in range(_PASSES):
         started, waited = machine.now, machine.waited
-        for tier, how, seconds in zip(tiers, hows, work, strict=True):
+        for tier, how, seconds, fetch in zip(tiers, hows, work, fetches, strict=True):
             machine.wait(tier, how)
+            machine.fetch(fetch)
             machine.compute(seconds, how)
             machine.release(tier, how)
         machine.compute(outside, "host")
@@ -104,6 +135,13 @@ class _Machine:
             self.waited += min(ends)
             self._pass(min(ends), min(ends))
         self._there[kind] -= 1
+
+    def fetch(self, seconds: float) -> None:
+        """Let a read pass that goes before all that are waiting, behind the one that is under way."""
+        if seconds:
+            self.waited += self._read_left + seconds
+            self._pass(self._read_left, self._read_left)
+            self.now += seconds
 
     def compute(self, seconds: float, how: Tier) -> None:
         """Let the time pass that a computation takes beside what is being read."""
