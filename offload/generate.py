@@ -3,24 +3,29 @@
 import argparse
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from offload.command import Parser, format_bytes, run, say
 from offload.errors import InputError, UsageError
 from offload.planning.wishes import Wishes, WishWords, add_wish_flags, words_of
-from offload.source import DEFAULT_OUTPUT
+from offload.source import DEFAULT_OUTPUT, check_made
+
+if TYPE_CHECKING:
+    from offload.executor import StreamingStats
+    from offload.session import Clock, Prompts, Session
 
 _DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
-_PREFILL_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a run did, beside what the machine could have done.
 
+    predicted_tokens_per_second: what the plan said of decoding, None for a model that `offload.plan` has not rehearsed.
     bytes_per_token: weights that decoding one token reads, wherever they lie. disk_bytes_per_token: those of them read
     from disk. limit: "disk" or "memory", whichever bounds decoding; limit_bytes_per_second: measured in this run, just
     after; fraction: of that limit, reached while decoding.
@@ -31,6 +36,7 @@ class Report:
     new_tokens: int
     prompt_seconds: float
     decode_tokens_per_second: float
+    predicted_tokens_per_second: float | None
     bytes_per_token: int
     disk_bytes_per_token: int
     limit: str
@@ -54,13 +60,14 @@ def _command(argv: list[str]) -> None:
     words = words_of(options)
     Wishes.of(words)  # what contradicts itself is refused before seconds of imports
     prompt = _prompt(options)
-    if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
-        raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
-    report = generate(options, prompt, words)
+    check_made(options.model)
+    report, interrupted = generate(options, prompt, words)
     if options.json:
         print(json.dumps(asdict(report)))
     else:
         _print_report(report)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,78 +106,81 @@ def _prompt(options: argparse.Namespace) -> str:
     return prompt
 
 
-def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Report:
-    """Load, print the plan, stream the answer to stdout, and measure."""
-    import torch
+def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tuple[Report, bool]:
+    """Load, print the plan, stream the answer to stdout, and measure; returns also whether it was interrupted."""
+    import torch  # noqa: F401  (so that what its import left is gone before that of transformers comes on top)
 
-    from offload.memory import peak_memory_bytes, trim_memory
+    from offload.memory import trim_memory
 
-    trim_memory()  # between imports too: the peak is to be that of the run
+    trim_memory()
     from transformers import TextStreamer
 
-    from offload.executor import executor_of, load
-    from offload.planning.costs import recall_costs
     from offload.planning.placement import describe
-    from offload.skeleton import read_config
-    from offload.text import load_tokenizer
+    from offload.sampling import Sampling
+    from offload.session import Clock, Prompts, Session
     from offload.trace import Trace
 
     trim_memory()
-    _check_checkpoint(options.model)
-    tokenizer = load_tokenizer(options.model)
-    tokens = _encode(tokenizer, prompt, options)
-    longest = read_config(options.model).get_text_config(decoder=True).max_position_embeddings
-    context = options.context or len(tokens) + options.max_new_tokens
-    if len(tokens) + 1 > min(context, longest):
-        raise InputError(f"the prompt has {len(tokens)} tokens, the context only {min(context, longest)}")
-    new_tokens = min(options.max_new_tokens, min(context, longest) - len(tokens))
-    model = load(
-        options.model,
-        context_tokens=context,
-        prefill_chunk_tokens=_PREFILL_CHUNK_TOKENS,
-        mode="exact" if options.exact else "fast",
-        costs=recall_costs(options.model, context // 2),
-        **words,
-    )
-    executor = executor_of(model)
-    say(describe(executor.placement))
-    clock = _Clock(None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    torch.manual_seed(options.seed)
-    trace = Trace(executor) if options.trace is not None else None
-    before = executor.stats
-    with torch.inference_mode():
-        output = model.generate(
-            torch.tensor([tokens]),
-            attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
-            max_new_tokens=new_tokens,
-            streamer=clock,
-            prefill_chunk_size=_PREFILL_CHUNK_TOKENS if len(tokens) > _PREFILL_CHUNK_TOKENS else None,
-            **_sampling(options),
-        )[0][len(tokens) :]
+    prompts = Prompts(options.model)
+    tokens = _encode(prompts, prompt, options)
+    context = min(options.context or len(tokens) + options.max_new_tokens, prompts.longest_tokens)
+    if len(tokens) + 1 > context:
+        raise InputError(f"the prompt has {len(tokens)} tokens, the context only {context}")
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    session = Session(prompts, options.context or context, words, options.exact)
+    say(describe(session.executor.placement))
+    streamer = None if options.json else TextStreamer(prompts.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    trace = Trace(session.executor) if options.trace is not None else None
+    before, interrupted = session.executor.stats, False
+    with _live_line(session) as on_token:
+        clock = Clock(streamer, on_token)
+        try:
+            session.generate(tokens, min(options.max_new_tokens, context - len(tokens)), sampling, clock)
+        except KeyboardInterrupt:
+            interrupted = True
+            clock.end()
     if trace is not None:
         trace.write(options.trace)
         say(f"trace    {options.trace}, to be opened in ui.perfetto.dev")
-    stats = executor.stats
-    steps = max(1, len(clock.times) - 1)
-    passes = len(clock.times) + (len(tokens) - 1) // _PREFILL_CHUNK_TOKENS
-    decode_seconds = clock.times[-1] - clock.times[0]
+    return _report(session, clock, before, len(tokens)), interrupted
+
+
+@contextmanager
+def _live_line(session: "Session") -> Iterator["Callable[[Clock], None] | None"]:
+    """Yield what a clock is to call at every token: a line at the foot of the terminal, where there is one."""
+    from offload.limit import measure_limit, weight_bytes
+    from offload.live import Meter, StatusLine
+
+    with StatusLine() as line:
+        executor = session.executor
+        yield Meter(line, measure_limit(executor), weight_bytes(executor)) if line.active else None
+
+
+def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt_tokens: int) -> Report:
+    """Hold what was done against what bounds it, measured now."""
+    from offload.limit import measure_limit, weight_bytes
+    from offload.memory import peak_memory_bytes
+    from offload.session import PREFILL_CHUNK_TOKENS
+
+    executor, stats = session.executor, session.executor.stats
+    passes = max(1, len(clock.times)) + (prompt_tokens - 1) // PREFILL_CHUNK_TOKENS
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
-    bytes_per_token = executor.bytes_per_token
     peak = peak_memory_bytes()
-    limit, bandwidth = _limit(executor)
-    bound = disk_bytes if limit == "disk" else bytes_per_token
-    rate = steps / decode_seconds if decode_seconds else 0.0
+    limit = measure_limit(executor)
+    if limit.link == "disk":
+        limit = replace(limit, bytes_per_pass=disk_bytes)
     return Report(
-        text=tokenizer.decode(output, skip_special_tokens=True),
-        prompt_tokens=len(tokens),
-        new_tokens=len(output),
-        prompt_seconds=clock.times[0] - clock.started,
-        decode_tokens_per_second=rate,
-        bytes_per_token=bytes_per_token,
+        text=session.prompts.text(clock.tokens),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(clock.tokens),
+        prompt_seconds=clock.prompt_seconds,
+        decode_tokens_per_second=clock.tokens_per_second,
+        predicted_tokens_per_second=session.predicted_tokens_per_second,
+        bytes_per_token=weight_bytes(executor),
         disk_bytes_per_token=disk_bytes,
-        limit=limit,
-        limit_bytes_per_second=bandwidth,
-        fraction=bound * rate / bandwidth,
+        limit=limit.link,
+        limit_bytes_per_second=limit.bytes_per_second,
+        fraction=limit.fraction(clock.tokens_per_second),
         direct_reads=stats.direct,
         wait_seconds=stats.wait_seconds - before.wait_seconds,
         peak_memory_bytes=peak,
@@ -178,78 +188,11 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> Repo
     )
 
 
-class _Clock:
-    """A streamer that notes when each token came, and hands it on."""
-
-    def __init__(self, streamer: Any) -> None:
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self._streamer = streamer
-        self._prompt_seen = False
-
-    def put(self, value: Any) -> None:
-        """Take the prompt first, then one token after the other."""
-        if self._prompt_seen:
-            self.times.append(time.perf_counter())
-        self._prompt_seen = True
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        """Flush what is left."""
-        if self._streamer is not None:
-            self._streamer.end()
-
-
-def _check_checkpoint(directory: Path) -> None:
-    from offload.checkpoint import is_checkpoint
-
-    if directory.is_dir() and not is_checkpoint(directory):
-        raise InputError(
-            f"{directory}: not a quantized checkpoint; `python -m quant.awq --model {directory}` makes one of it"
-        )
-
-
-def _encode(tokenizer: Any, prompt: str, options: argparse.Namespace) -> list[int]:
-    if options.no_chat or not tokenizer.chat_template:
-        tokens: list[int] = tokenizer(prompt).input_ids
-        return tokens
-    messages = [{"role": "user", "content": prompt}]
-    if options.system:
-        messages.insert(0, {"role": "system", "content": options.system})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    chat: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return chat
-
-
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    if options.temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
-        "do_sample": True,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k or None,
-    }
-
-
-def _limit(executor: Any) -> tuple[str, float]:
-    """Measure what bounds decoding: reading the streamed layers from disk, or all weights from memory."""
-    from kernels.cpu_matmul import read_seconds
-    from offload.read_queue import read_blob
-
-    if executor.slots is None:
-        head = executor.head_memory
-        return "memory", head.nbytes / min(read_seconds(head) for _ in range(5))
-    executor.slots.reset()
-    arena, blobs = executor.slots.arenas[0], executor.streamed_blobs
-    started = time.perf_counter()
-    total = 0
-    while (elapsed := time.perf_counter() - started) < 0.5:
-        for blob in blobs:
-            read_blob(executor.reader, blob, arena)
-            total += blob.nbytes
-    return "disk", total / elapsed if elapsed else 0.0
+def _encode(prompts: "Prompts", prompt: str, options: argparse.Namespace) -> list[int]:
+    if options.no_chat or not prompts.has_template:
+        return prompts.plain(prompt)
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return prompts.chat([*system, {"role": "user", "content": prompt}])
 
 
 def _print_report(report: Report) -> None:
@@ -257,7 +200,9 @@ def _print_report(report: Report) -> None:
     how = "past the page cache" if report.direct_reads else "pages dropped after use"
     disk = f", {format_bytes(report.disk_bytes_per_token)} from disk ({how})" if report.disk_bytes_per_token else ""
     say(f"prompt   {report.prompt_tokens} tokens in {report.prompt_seconds:.2f} s")
-    say(f"decode   {report.new_tokens} tokens, {report.decode_tokens_per_second:.1f} tokens/s")
+    predicted = report.predicted_tokens_per_second
+    plan = "not predicted; `python -m offload.plan` rehearses it" if predicted is None else f"{predicted:.1f} predicted"
+    say(f"decode   {report.new_tokens} tokens, {report.decode_tokens_per_second:.1f} tokens/s; {plan}")
     say(f"weights  {format_bytes(report.bytes_per_token)} read per token{disk}")
     say(f"limit    {report.fraction:.0%} of the {report.limit}'s {report.limit_bytes_per_second / 1e9:.2f} GB/s")
     say(f"memory   peak {format_bytes(report.peak_memory_bytes)}{budget}")

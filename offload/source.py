@@ -22,6 +22,12 @@ _DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
+def check_made(model: Path) -> None:
+    """Raise InputError if `model` is the default checkpoint and nobody has made it yet."""
+    if model == DEFAULT_OUTPUT and not model.is_dir():
+        raise InputError(f"{model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
+
+
 def model_name(model: str | None) -> str:
     """Return the last part of a model's name: what its checkpoints are called after."""
     return _DEFAULT_NAME if model is None else Path(model.rstrip("/")).name

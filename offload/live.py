@@ -1,0 +1,100 @@
+"""How fast a model runs, told while it runs: a line at the foot of the terminal, below the text that streams.
+
+Where answer and line share a terminal, its last row is taken out of what scrolls (the scrolling region of ECMA-48's
+successors, DECSTBM), as package managers do; where the answer goes elsewhere, the line is rewritten in place.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+
+from offload.command import format_bytes
+from offload.limit import Limit
+from offload.session import Clock
+
+_WINDOW_TOKENS = 32
+_REFRESH_SECONDS = 0.1
+_LEAST_ROWS = 4
+
+
+class StatusLine:
+    """A line on stderr that is rewritten; nothing where stderr is no terminal. To be closed: `with` does."""
+
+    def __init__(self) -> None:
+        self.active = sys.stderr.isatty()
+        self._shared = self.active and sys.stdout.isatty()
+        self._rows = 0
+        self._shown = 0.0
+
+    def __enter__(self) -> "StatusLine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def show(self, text: str) -> None:
+        """Show `text`, if the last one was shown a while ago."""
+        now = time.monotonic()
+        if not self.active or now - self._shown < _REFRESH_SECONDS:
+            return
+        self._shown = now
+        size = _terminal_size()
+        text = text[: size.columns - 1]
+        if not self._shared or size.lines < _LEAST_ROWS:
+            self._write(f"\r\x1b[K{text}")
+            return
+        sys.stdout.flush()
+        if size.lines != self._rows:
+            self._reserve(size.lines)
+        self._write(f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[2m{text}\x1b[0m\x1b8")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if not self.active or not self._shown:
+            return
+        sys.stdout.flush()
+        if self._rows:
+            self._write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+        else:
+            self._write("\r\x1b[K")
+        self._rows, self._shown = 0, 0.0
+
+    def _reserve(self, rows: int) -> None:
+        """Take the last row out of what scrolls; the line feed moves the text up if the cursor stood there."""
+        self._rows = rows
+        self._write(f"\n\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _terminal_size() -> os.terminal_size:
+    with suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno())
+    return os.terminal_size((80, 24))
+
+
+class Meter:
+    """Says how fast the last tokens came, what each of them read, and how much of the link that is."""
+
+    def __init__(self, line: StatusLine, limit: Limit, bytes_per_token: int) -> None:
+        self._line, self._limit, self._bytes_per_token = line, limit, bytes_per_token
+        self._recent: deque[float] = deque(maxlen=_WINDOW_TOKENS)
+
+    def __call__(self, clock: Clock) -> None:
+        """Show the line; what a `Clock` calls after a token."""
+        self._recent.append(clock.times[-1])
+        seconds = self._recent[-1] - self._recent[0]
+        if seconds:
+            self._line.show(self.describe(len(clock.times), (len(self._recent) - 1) / seconds))
+
+    def describe(self, tokens: int, tokens_per_second: float) -> str:
+        """Return the line for one sequence at so many tokens a second."""
+        share = f"{self._limit.fraction(tokens_per_second):.0%} of {self._limit.link}"
+        disk = f", {format_bytes(self._limit.bytes_per_pass)} from disk" if self._limit.link == "disk" else ""
+        return (
+            f"{tokens} tokens  {tokens_per_second:.1f}/s  {format_bytes(self._bytes_per_token)} a token{disk}  {share}"
+        )
