@@ -26,6 +26,10 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "manifest.json"
+RUN_NAME = "run.json"
+"""What the making of the checkpoint took: the one file that differs between two runs of one recipe."""
+
+SENSITIVITY_NAME = "sensitivity.json"
 PAYLOAD_ALIGNMENT = 4096
 """Payloads start on a multiple of this, so that they can be read past the page cache."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
-from quant.groupwise import Grid, Parameters, fake_quantize, minmax, range_parameters
+from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax, range_parameters
 from quant.layer import LayerInputs, Moments, moments
 from quant.scale_groups import ScaleGroup, find_scale_groups
 
@@ -76,10 +76,12 @@ class Awq:
         self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
         """Scale `layer` (float32) in place and return the parameters of its linears and what to report of it."""
-        seen, report = scale_layer(layer, inputs, grids, head_dim, self.settings)
+        seen, scales = scale_layer(layer, inputs, grids, head_dim, self.settings)
         weights = {name: layer.get_parameter(f"{name}.weight").data for name in grids}
         damped = {name: seen[name].damped(self.settings.clip_damping) for name in grids}
-        return {name: search_clip(weights[name], damped[name], grids[name], self.settings) for name in grids}, report
+        found = {name: search_clip(weights[name], damped[name], grids[name], self.settings) for name in grids}
+        ranges = {name: kept_range(weights[name], found[name], grids[name]) for name in grids}
+        return found, {"scales": scales, "ranges": ranges}
 
 
 def scale_layer(

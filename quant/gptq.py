@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.command import say
 from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
 from quant.cost import Cost, Shape, Windows
-from quant.groupwise import Grid, Parameters, fake_quantize, minmax
+from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax
 from quant.layer import LayerInputs, UnreachedError, inputs_of, moments
 from quant.scale_groups import sets_by_input
 
@@ -89,9 +90,9 @@ class Gptq:
         Rounding those weights to nearest gives the codes chosen here. Raises ArithmeticError for inputs not finite.
         """
         settings = self.settings
-        report: dict[str, Any] = {}
+        report: dict[str, Any] = {"ranges": {}}
         if settings.scale:
-            _, report = scale_layer(layer, inputs, grids, head_dim, settings.search)
+            _, report["scales"] = scale_layer(layer, inputs, grids, head_dim, settings.search)
         original = copy.deepcopy(layer) if self.needs_original else None
         found: dict[str, Parameters] = {}
         seen = {} if settings.sequential else moments(layer, inputs, grids)
@@ -100,7 +101,8 @@ class Gptq:
             try:
                 gram, cross = (seen[first].gram.double(), None) if seen else observe(layer, original, inputs, first)
             except UnreachedError:  # rounding what comes before has sent an expert's few tokens elsewhere
-                report[f"rounding of {', '.join(members)}"] = "to nearest, as no token was left"
+                say(f"{', '.join(members)}: rounding what comes before left no token here; rounded to nearest")
+                report.setdefault("lost_tokens", []).extend(members)
                 weights = {name: layer.get_parameter(f"{name}.weight").data for name in members}
                 found |= {name: minmax(weight, grids[name]) for name, weight in weights.items()}
                 continue
@@ -108,13 +110,14 @@ class Gptq:
                 raise ArithmeticError(f"{first}: its inputs are not finite")
             hessian = Hessian.of(gram, settings.damping)
             if hessian.damping > settings.damping:
-                report[f"damping of {', '.join(members)}"] = hessian.damping
+                report.setdefault("raised_damping", {})[", ".join(members)] = hessian.damping
             for name in members:
                 parameter = layer.get_parameter(f"{name}.weight")
                 weight = parameter.data
                 if cross is not None:
                     weight = propagate(weight, hessian, cross, settings.propagation)
                 found[name], parameter.data = round_weight(weight, hessian, grids[name], settings.search)
+                report["ranges"][name] = kept_range(weight, found[name], grids[name])
         return found, report
 
 

@@ -86,6 +86,11 @@ def minmax(weight: Tensor, grid: Grid) -> Parameters:
     return range_parameters(grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0), grid)
 
 
+def kept_range(weight: Tensor, parameters: Parameters, grid: Grid) -> float:
+    """Return how much of the whole range of a weight's groups the chosen ranges keep, on average: 1 if all of it."""
+    return round(float((parameters.scale.abs() / minmax(weight, grid).scale).mean()), 4)
+
+
 def codes(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
     """Return the nearest codes, float32 integers in 0..2^B - 1, of a weight [N, K]."""
     grouped = weight.unflatten(1, (parameters.scale.shape[1], -1))

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 import offload
-from offload.checkpoint import CONFIG_NAME, Checkpoint, Recipe, read_json
+from offload.checkpoint import CONFIG_NAME, RUN_NAME, SENSITIVITY_NAME, Checkpoint, Recipe, read_json
 from offload.checkpoint_writer import open_writer
 from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
@@ -75,9 +75,11 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
         return
     windows, calibration = _calibration(method, options, plan)
+    files: dict[str, bytes] = {}
     if windows is not None and options.target_bits is not None:
         plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
-        plan = with_grids(plan, widen(plan.model, plan.source, plan.grids, windows, options.target_bits))
+        grids, measured = widen(plan.model, plan.source, plan.grids, windows, options.target_bits)
+        plan, files = with_grids(plan, grids), {SENSITIVITY_NAME: _json([asdict(each) for each in measured])}
     needed = footprint(plan, method, amount).within(budget_bytes)
     _check_output(output, plan, needed)
     say(describe(plan, method.name, output, amount, needed))
@@ -101,11 +103,16 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
             say(f"{output}: already complete")
         else:
             spill_to = output if needed.spilled else None
+            left = sum(writer.done(index + 1) is None for index in range(len(layers)))
             Walk(plan.model, plan.source, writer, method, plan.grids, plan.head_dim, spill_to).run(windows)
             sizes = plan.source.nbytes, plan.expected_bytes, smallest_memory(plan)
             card = model_card(plan.name, output.name, recipe, *sizes)
-            writer.finish(read_json(plan.directory / CONFIG_NAME), {**_other_files(plan.directory), "README.md": card})
-    _report(Checkpoint.open(output), plan, time.monotonic() - started, options.json)
+            files |= {**_other_files(plan.directory), "README.md": card}
+            writer.finish(
+                read_json(plan.directory / CONFIG_NAME),
+                files | {RUN_NAME: _json(_taken(plan, started) | {"layers": left})},
+            )
+    _report(Checkpoint.open(output), plan, started, options.json)
 
 
 def _as_known_outside(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
@@ -158,7 +165,21 @@ def _other_files(directory: Path) -> dict[str, bytes]:
     }
 
 
-def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -> None:
+def _taken(plan: Plan, started: float) -> dict[str, Any]:
+    """Return what this process took until now, and the size of what it read."""
+    return {
+        "source_bytes": plan.source.nbytes,
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def _report(checkpoint: Checkpoint, plan: Plan, started: float, as_json: bool) -> None:
     reports = [report for report in checkpoint.layer_errors.values() if "error" in report]
     fallbacks = sum(report["fallback"] for report in reports)
     result = {
@@ -168,16 +189,13 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
         "bits_per_weight": round(average_bits(plan.model, plan.grids), 4),
         "group_size": checkpoint.recipe.group_size,
         "symmetric": checkpoint.recipe.symmetric,
-        "source_bytes": plan.source.nbytes,
         "checkpoint_bytes": checkpoint.nbytes,
         "layers": len(checkpoint.blobs) - 2,
         "layers_fallen_back": fallbacks,
         "linears_without_tokens": sum(len(report.get("unreached", ())) for report in reports),
         "error": _mean([report["error"] for report in reports]),
         "rtn_error": _mean([report["rtn_error"] for report in reports]),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(time.process_time(), 1),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **_taken(plan, started),
     }
     if as_json:
         print(json.dumps(result))
@@ -185,7 +203,7 @@ def _report(checkpoint: Checkpoint, plan: Plan, seconds: float, as_json: bool) -
     ratio = plan.source.nbytes / checkpoint.nbytes
     print(
         f"{checkpoint.directory}: {format_bytes(plan.source.nbytes)} -> {format_bytes(checkpoint.nbytes)} "
-        f"({ratio:.1f}x) in {format_seconds(seconds)}"
+        f"({ratio:.1f}x) in {format_seconds(result['seconds'])}"
     )
     if reports:
         print(f"mean layer error on held-out windows {result['error']:.4f}, round-to-nearest {result['rtn_error']:.4f}")

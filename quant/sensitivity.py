@@ -48,8 +48,8 @@ def average_bits(model: nn.Module, grids: Mapping[str, Grid]) -> float:
 
 def widen(
     model: PreTrainedModel, source: SourceWeights, grids: Mapping[str, Grid], windows: Tensor, target_bits: float
-) -> dict[str, Grid]:
-    """Return `grids` with 8 bits where they pay most, until the average reaches `target_bits`.
+) -> tuple[dict[str, Grid], list[Candidate]]:
+    """Return `grids` with 8 bits where they pay most, until the average reaches `target_bits`, and what was measured.
 
     windows: int64 [S, T], of which a few are used. Raises UsageError if no choice can have that average.
     """
@@ -62,8 +62,9 @@ def widen(
         )
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in grids)
     budget_bytes = (target_bits - least) * weights / 8
-    chosen = choose(list(candidates(model, source, grids, windows[:_WINDOWS])), budget_bytes)
-    return {name: wide[name] if name in chosen else grid for name, grid in grids.items()}
+    offered = list(candidates(model, source, grids, windows[:_WINDOWS]))
+    chosen = choose(offered, budget_bytes)
+    return {name: wide[name] if name in chosen else grid for name, grid in grids.items()}, offered
 
 
 def choose(candidates: list[Candidate], budget_bytes: float) -> set[str]:

@@ -241,7 +241,9 @@ def test_each_set_is_rounded_on_what_the_earlier_sets_give_or_the_original(
     method, before = Gptq(settings), copy.deepcopy(layer)
     found, report = method.quantize_layer(layer, inputs, dict.fromkeys(names, grid), 16)
     assert list(found) == ["mlp.gate", "mlp.up", "mlp.down"]
-    assert bool(report) == settings.scale
+    assert ("scales" in report) == settings.scale
+    assert list(report["ranges"]) == names
+    assert all(0.5 <= kept <= 1 for kept in report["ranges"].values())
     for name in names:
         weight = layer.get_parameter(f"{name}.weight").data
         assert torch.equal(fake_quantize(weight, found[name], grid), weight)

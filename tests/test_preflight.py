@@ -17,6 +17,7 @@ from offload.skeleton import build_skeleton
 from quant import awq, gptq, rtn
 from quant.hidden_states import Spilled, fill, new_states
 from quant.preflight import Footprint
+from tests.test_walk import contents
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--num-samples", "8", "--seq-len", "32", "--group-size", "32"]
@@ -127,7 +128,7 @@ def test_a_run_with_hidden_states_on_disk_gives_the_same_bytes(
         output = tmp_path / str(spilled) / "out"
         arguments = ["--model", str(tiny_model), "--output", str(output), "--calibration", str(calibration_text)]
         assert method.main([*arguments, *FEW]) == 0
-        results.append({path.name: path.read_bytes() for path in output.iterdir()})
+        results.append(contents(output))
     assert results[0] == results[1]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kernels.packed import BITS, PackedWeight, dequantize
-from offload.checkpoint import Checkpoint
+from offload.checkpoint import RUN_NAME, Checkpoint
 from offload.checkpoint_writer import CheckpointWriter, write_safetensors
 from offload.errors import CheckpointError
 from offload.skeleton import assign, decoder_layers
@@ -39,7 +39,9 @@ def awq_flags(model: Path, text: Path, output: Path, *more: str) -> list[str]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """Return all that two runs of one recipe have in common."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != RUN_NAME)
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def shards(directory: Path) -> dict[str, bytes]:
