@@ -20,7 +20,8 @@ bytes do not depend on how a context was cut into passes. A block is one piece o
 Axes in names: B batch, H query heads, K key heads, N new tokens or queries, T tokens of the context, D elements.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,45 @@ class KVBlock:
         return part.view(shape.batch, shape.key_heads, BLOCK_TOKENS, width)
 
 
+class KVBlocks(Sequence[KVBlock]):
+    """Blocks of one shape in a row, and where each begins, as kernels want to know it.
+
+    addresses: one a block, as signed 64-bit integers. Raises ValueError for a block of another shape.
+    """
+
+    def __init__(self, shape: BlockShape, blocks: Iterable[KVBlock] = ()) -> None:
+        self.shape = shape
+        self.addresses = array("q")
+        self._blocks: list[KVBlock | None] = []
+        for block in blocks:
+            self.append(block)
+
+    def append(self, block: KVBlock) -> None:
+        """Put a block behind the others."""
+        if block.shape != self.shape:
+            raise ValueError(f"a block of {block.shape} among those of {self.shape}")
+        self._blocks.append(block)
+        self.addresses.append(block.memory.data_ptr())
+
+    def place(self, index: int, block: KVBlock | None) -> None:
+        """Say where a block lies now; None: not in memory, so that nobody may ask for it."""
+        self._blocks[index] = block
+        self.addresses[index] = 0 if block is None else block.memory.data_ptr()
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` blocks."""
+        del self._blocks[count:]
+        del self.addresses[count:]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> KVBlock:  # type: ignore[override]  # nobody takes slices
+        block = self._blocks[index]
+        assert block is not None, f"block {index} is not in memory"
+        return block
+
+
 @dataclass(frozen=True, slots=True)
 class KVContext:
     """The first `tokens` tokens in a row of blocks of one shape: what a query attends to.
@@ -102,24 +142,21 @@ class KVContext:
     key_offset: float32 [key_heads, key_dim], or None for zero. Raises ValueError if the parts do not fit each other.
     """
 
-    blocks: Sequence[KVBlock]
+    blocks: KVBlocks
     tokens: int
     key_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= len(self.blocks) * BLOCK_TOKENS:
             raise ValueError(f"{self.tokens} tokens in {len(self.blocks)} blocks of {BLOCK_TOKENS}")
-        shape = self.blocks[0].shape
-        if any(block.shape != shape for block in self.blocks):
-            raise ValueError(f"blocks of several shapes, the first {shape}")
-        offset, expected = self.key_offset, (shape.key_heads, shape.key_dim)
+        offset, expected = self.key_offset, (self.shape.key_heads, self.shape.key_dim)
         if offset is not None and (offset.dtype != torch.float32 or offset.shape != expected):
             raise ValueError(f"key_offset: expected float32 {expected}, found {offset.dtype} {tuple(offset.shape)}")
 
     @property
     def shape(self) -> BlockShape:
         """That of every block."""
-        return self.blocks[0].shape
+        return self.blocks.shape
 
 
 def quantize_tokens(x_BKND: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +173,7 @@ def quantize_tokens(x_BKND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_tokens(
-    blocks: Sequence[KVBlock], start: int, key_BKND: Tensor, value_BKND: Tensor, key_offset: Tensor | None = None
+    blocks: KVBlocks, start: int, key_BKND: Tensor, value_BKND: Tensor, key_offset: Tensor | None = None
 ) -> None:
     """Quantise new tokens into the blocks, in place, as tokens start..start + N of the context.
 
@@ -154,14 +191,19 @@ def write_tokens(
             place[:, :, inside] = part[:, :, first - start : last - start]
 
 
-def dequantize_blocks(context: KVContext, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return keys [B, K, T, key_dim] and values [B, K, T, value_dim] of a context, computed in float32."""
-    shape, tokens = context.shape, context.tokens
-    like = context.blocks[0].memory
-    keys = torch.empty(shape.batch, shape.key_heads, tokens, shape.key_dim, dtype=dtype, device=like.device)
-    values = torch.empty(shape.batch, shape.key_heads, tokens, shape.value_dim, dtype=dtype, device=like.device)
-    for start, block in zip(range(0, tokens, BLOCK_TOKENS), context.blocks, strict=False):
-        held = min(BLOCK_TOKENS, tokens - start)
+def dequantize_blocks(
+    context: KVContext, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return keys [B, K, T, key_dim] and values [B, K, T, value_dim] of a context, computed in float32.
+
+    first, last: only those tokens; `first` is a multiple of BLOCK_TOKENS.
+    """
+    shape, stop = context.shape, context.tokens if last is None else last
+    tokens, device = stop - first, context.blocks[first // BLOCK_TOKENS].memory.device
+    keys = torch.empty(shape.batch, shape.key_heads, tokens, shape.key_dim, dtype=dtype, device=device)
+    values = torch.empty(shape.batch, shape.key_heads, tokens, shape.value_dim, dtype=dtype, device=device)
+    for start in range(0, tokens, BLOCK_TOKENS):
+        block, held = context.blocks[(first + start) // BLOCK_TOKENS], min(BLOCK_TOKENS, tokens - start)
         key = block.key_codes[:, :, :held].float() * block.key_scale[:, :, :held, None].float()
         keys[:, :, start : start + held] = key if context.key_offset is None else key + context.key_offset[:, None]
         value = block.value_codes[:, :, :held].float() * block.value_scale[:, :, :held, None].float()

@@ -21,7 +21,7 @@ def attention_reference(query_BHND: Tensor, context: KVContext, scaling: float, 
 
     query_BHND: of the last N tokens of the context; heads h*G .. h*G + G - 1 share key head h. Query i sees the tokens
     up to its own. mask: bool, broadcast to [B, 1, N, T], True where a query may look, in place of that; a query that
-    may look nowhere gets NaN.
+    may look nowhere gets zeros, as torch gives it.
     """
     keys, values = dequantize_blocks(context)
     queries, tokens = query_BHND.shape[2], context.tokens
@@ -29,5 +29,5 @@ def attention_reference(query_BHND: Tensor, context: KVContext, scaling: float, 
     scores = scaling * (query_BHND.float() @ keys.repeat_interleave(group, dim=1).transpose(2, 3))
     if mask is None:
         mask = torch.ones(queries, tokens, dtype=torch.bool, device=scores.device).tril(tokens - queries)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
     return weights @ values.repeat_interleave(group, dim=1)
