@@ -2,6 +2,7 @@
 // 8-bit codes would not, so their nibbles are multiplied apart.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "decoder.h"
 
 namespace {
@@ -114,9 +115,12 @@ inline float sum(Total total) {
 
 #include "lanes.h"
 
+#include "attention_lanes.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels avx2_kernels = {quantize, fast, exact, dequantize, read};
 extern const DecoderKernels avx2_decoder = {widen, narrow, normalize, gate, attend};
+extern const AttentionKernels avx2_attention = {quantize_row, prepare_query, attend_piece<PlainLanes>};
 }

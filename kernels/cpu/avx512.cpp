@@ -1,6 +1,7 @@
 // The product with AVX512-VNNI: 128 codes in two vpdpbusd.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "decoder.h"
 
 namespace {
@@ -73,9 +74,14 @@ inline float sum(Total total) { return _mm512_reduce_add_ps(total); }
 
 #include "lanes.h"
 
+#include "attention_lanes.h"
+
+#include "attention_vnni.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels avx512_kernels = {quantize, fast, exact, dequantize, read};
 extern const DecoderKernels avx512_decoder = {widen, narrow, normalize, gate, attend};
+extern const AttentionKernels avx512_attention = {quantize_row, prepare_query, attend_piece<VnniLanes>};
 }

@@ -1,4 +1,5 @@
 // The product in plain C++, for any machine.
+#include "attention.h"
 #include "decoder.h"
 
 namespace {
@@ -65,9 +66,12 @@ inline float sum(Total total) { return total; }
 
 #include "lanes.h"
 
+#include "attention_lanes.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels portable_kernels = {quantize, fast, exact, dequantize, read};
 extern const DecoderKernels portable_decoder = {widen, narrow, normalize, gate, attend};
+extern const AttentionKernels portable_attention = {quantize_row, prepare_query, attend_piece<PlainLanes>};
 }
