@@ -20,9 +20,9 @@ from offload.command import format_bytes, say
 from offload.errors import InputError, UsageError
 from offload.skeleton import build_skeleton, decoder_layers, read_config
 from offload.source import model_name, resolve_model
+from offload.source_weights import SourceWeights
 from quant.groupwise import Grid
 from quant.layer import linears
-from quant.source_weights import SourceWeights
 
 
 @dataclass(frozen=True, slots=True)

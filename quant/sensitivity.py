@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from offload.command import Progress
 from offload.errors import UsageError
 from offload.skeleton import decoder_layers
+from offload.source_weights import SourceWeights
 from quant.awq import AwqSettings
 from quant.gptq import Hessian, round_weight
 from quant.groupwise import Grid
 from quant.layer import LayerInputs, linears, moments, unreached
 from quant.scale_groups import sets_by_input
-from quant.source_weights import SourceWeights
 from quant.walk import load_layer, release
 from quant.walk_inputs import batch_samples, first_inputs
 

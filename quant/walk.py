@@ -19,10 +19,10 @@ from offload.checkpoint import read_header
 from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
 from offload.skeleton import assign, decoder_layers
+from offload.source_weights import Location, SourceWeights
 from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
 from quant.layer import LayerInputs, linears, unreached
-from quant.source_weights import Location, SourceWeights
 from quant.walk_inputs import WalkInputs, first_inputs
 
 _HELD_OUT_SHARE = 8

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from offload.skeleton import assign, decoder_layers
+from offload.source_weights import SourceWeights
 from quant.hidden_states import HiddenStates, fill, new_states
 from quant.layer import LayerInputs
-from quant.source_weights import SourceWeights
 
 BATCH_SAMPLES = 4
 

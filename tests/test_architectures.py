@@ -21,10 +21,10 @@ from offload.experts import Experts, make_plain
 from offload.linear import PackedLinear
 from offload.names import names_in_model
 from offload.skeleton import build_skeleton, read_config
+from offload.source_weights import SourceWeights
 from quant import awq, gptq, rtn
 from quant.groupwise import Grid, minmax, pack_weight
 from quant.layer import UnreachedError, linears
-from quant.source_weights import SourceWeights
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3, 12, 250, 64, 7, 7, 18]])
 METHODS = {"rtn": rtn.main, "awq": awq.main, "gptq": gptq.main}

@@ -57,7 +57,7 @@ def test_70_billion_parameters_are_planned_from_headers(
     def no_data(*arguments: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("quant.source_weights._read", no_data)
+    monkeypatch.setattr("offload.source_weights._read", no_data)
     output = tmp_path / "out"
     assert rtn.main(["--model", str(model), "--output", str(output), "--plan", "--cpu-memory", "16GiB"]) == 0
     said = capsys.readouterr().out

@@ -13,13 +13,13 @@ from offload.checkpoint import Checkpoint, Recipe
 from offload.executor import load
 from offload.linear import PackedLinear
 from offload.skeleton import build_skeleton, read_config
+from offload.source_weights import SourceWeights
 from offload.text import load_text, sample_windows, tokenize
 from quant import awq, gptq
 from quant.awq import AwqSettings
 from quant.gptq import Hessian, round_weight
 from quant.groupwise import Grid
 from quant.sensitivity import Candidate, candidates, choose
-from quant.source_weights import SourceWeights
 from tests.test_walk import awq_flags, contents, stop_before
 
 WIDE = ["--target-bits", "6"]

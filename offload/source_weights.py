@@ -1,4 +1,4 @@
-"""The weights of the model to be quantized, read a tensor at a time; the whole is never in memory."""
+"""The weights in a directory of safetensors files, read a tensor at a time; the whole is never in memory."""
 
 import os
 from dataclasses import dataclass, field, replace
