@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
@@ -132,6 +132,12 @@ class Session:
         self.executor: Executor = executor_of(self.model)
         placement = self.executor.placement
         self.predicted_tokens_per_second = None if costs is None else 1 / placement.seconds(costs)
+
+    def new_cache(self) -> Cache | None:
+        """Return an empty cache that `generate` fills, None for a model that keeps its past in another way."""
+        if not self.model._supports_default_dynamic_cache() or "mamba" in type(self.model).__name__.lower():
+            return None
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     @torch.inference_mode()
     def generate(

@@ -72,6 +72,7 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
         "quant.awq",
         "quant.rtn",
         "quant.gptq",
+        "offload.chat",
         "offload.generate",
         "offload.plan",
         "offload.verify",
