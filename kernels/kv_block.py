@@ -21,7 +21,7 @@ Axes in names: B batch, H query heads, K key heads, N new tokens or queries, T t
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,7 @@ class KVBlock:
         return part.view(shape.batch, shape.key_heads, BLOCK_TOKENS, width)
 
 
-class KVBlocks(Sequence[KVBlock]):
+class KVBlocks:
     """Blocks of one shape in a row, and where each begins, as kernels want to know it.
 
     addresses: one a block, as signed 64-bit integers. Raises ValueError for a block of another shape.
@@ -129,7 +129,10 @@ class KVBlocks(Sequence[KVBlock]):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, index: int) -> KVBlock:  # type: ignore[override]  # nobody takes slices
+    def __iter__(self) -> Iterator[KVBlock]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> KVBlock:
         block = self._blocks[index]
         assert block is not None, f"block {index} is not in memory"
         return block

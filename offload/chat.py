@@ -149,16 +149,15 @@ class Chat:
     def _ask(self, text: str) -> None:
         from transformers import TextStreamer
 
-        from offload.limit import weight_bytes
+        from offload.clock import Clock
         from offload.live import Meter, StatusLine
         from offload.sampling import Sampling
-        from offload.session import Clock
 
-        settings, executor = self._settings, self._session.executor
+        settings = self._settings
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed)
         streamer = TextStreamer(self._session.prompts.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with StatusLine() as line:
-            meter = Meter(line, self._limit, weight_bytes(executor))
+            meter = Meter(line, self._limit, self._session.executor)
             clock = Clock(streamer, meter)
             reply = self._conversation.ask(text, sampling, settings.max_new_tokens, clock)
         if reply.interrupted:

@@ -14,9 +14,10 @@ from typing import Any
 from transformers import Cache
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
+from offload.clock import Clock
 from offload.errors import InputError, ResourceError
 from offload.sampling import Sampling
-from offload.session import Clock, Session
+from offload.session import Session
 
 _ROLES = ("system", "user", "assistant")
 

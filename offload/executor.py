@@ -94,12 +94,17 @@ def load(
         chunk_tokens=prefill_chunk_tokens,
     )
     executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison)
-    apart = executor.attach_apart()
-    for blob in fixed:
-        if (rest := without(blob, apart)) is not None:
-            executor.attach_fixed(rest)
-    model.tie_weights()
-    fuse(model, executor.layers, executor.in_memory)
+    try:
+        executor.attach_layers(poison)
+        apart = executor.attach_apart()
+        for blob in fixed:
+            if (rest := without(blob, apart)) is not None:
+                executor.keep(rest)
+        model.tie_weights()
+        fuse(model, executor.layers, executor.in_memory)
+    except BaseException:  # its thread and its files would stay
+        executor.close()
+        raise
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
     model._streaming = executor
     model.hf_device_map = {"": "cpu"} | {
@@ -146,26 +151,17 @@ class Executor:
         self.model, self.checkpoint, self.units, self.placement = model, checkpoint, units, placement
         self.blobs = list(units.layers)
         self.reader = FileReader()
-        passed = [*units.placed(placement.experts_apart), *(units.head.blocks() if units.head else ())]
-        streamed = [blob for blob, tier in zip(passed, placement.units_tiers, strict=False) if tier == "disk"]
-        self.queue = ReadQueue(self.reader, verify) if streamed or placement.expert_slots else None
-        self.slots = Slots(streamed, placement.depth, self.queue, poison) if self.queue and streamed else None
+        head_blocks = units.head.blocks() if units.head and placement.head_tiers else ()
+        passed = (*units.placed(placement.experts_apart), *head_blocks)
+        tiers = zip(passed, placement.units_tiers, strict=True)
+        self.streamed_blobs = [blob for blob, tier in tiers if tier == "disk"]
+        self.expert_blobs = [blob for layer in placement.experts_apart for blob in units.experts[layer]]
+        self.queue = ReadQueue(self.reader, verify) if self.streamed_blobs or self.expert_blobs else None
+        self.slots: Slots | None = None
+        if self.queue is not None and self.streamed_blobs:
+            self.slots = Slots(self.streamed_blobs, placement.depth, self.queue, poison)
         self._views: dict[tuple[int, int], LayerView] = {}
         self._embedding: DiskEmbedding | None = None
-        if self.queue is not None and placement.expert_slots:
-            self._fetch_experts(self.queue, poison)
-        for blob, tier in zip(passed, placement.tiers, strict=False):
-            layer = model.get_submodule(blob.module)
-            if tier == "host":
-                arena = Arena(blob.nbytes)
-                read_blob(self.reader, blob, arena)
-                verify(blob, arena)
-                self._view_of(blob, arena).attach()
-            else:
-                position = streamed.index(blob)
-                layer.register_forward_pre_hook(partial(self._before, position))
-                layer.register_forward_hook(partial(self._after, position), always_call=True)
-        self.streamed_blobs = streamed
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -211,6 +207,19 @@ class Executor:
             layers += sum(experts.touched(1)) * experts.expert_bytes
         return layers + (self.head_memory if head is None else head.blob.tensors[head.module + PACKED]).nbytes
 
+    def attach_layers(self, poison: bool) -> None:
+        """Read the layers that stay in memory, and hook what is streamed. Raises CheckpointError."""
+        if self.queue is not None and self.expert_blobs:
+            self._fetch_experts(self.queue, poison)
+        placed = self.units.placed(self.placement.experts_apart)
+        for blob, tier in zip(placed, self.placement.tiers, strict=True):
+            if tier == "host":
+                self.keep(blob)
+            else:
+                layer, position = self.model.get_submodule(blob.module), self.streamed_blobs.index(blob)
+                layer.register_forward_pre_hook(partial(self._before, position))
+                layer.register_forward_hook(partial(self._after, position), always_call=True)
+
     def attach_apart(self) -> set[str]:
         """Leave embeddings in their shard and the head in blocks, as planned; return the tensors that are so apart."""
         apart: set[str] = set()
@@ -238,17 +247,16 @@ class Executor:
 
     def _fetch_experts(self, queue: ReadQueue, poison: bool) -> None:
         """Let the lists of experts that are apart ask for those they route to."""
-        blobs = [blob for layer in self.placement.experts_apart for blob in self.units.experts[layer]]
-        cache = ExpertCache(blobs, self.placement.expert_slots, queue, self._view_of, poison)
-        for first, blob in enumerate(blobs):
+        cache = ExpertCache(self.expert_blobs, self.placement.expert_slots, queue, self._view_of, poison)
+        for first, blob in enumerate(self.expert_blobs):
             module, _, index = blob.module.rpartition(".")
             if index == "0":
                 experts = self.model.get_submodule(module)
                 assert isinstance(experts, Experts), "only these are apart"
                 experts.lend = partial(cache.lend, first)
 
-    def attach_fixed(self, blob: LayerBlob) -> None:
-        """Read what lies outside the decoder layers, in the model's dtype, to stay."""
+    def keep(self, blob: LayerBlob) -> None:
+        """Read a shard or a part of one, to stay in memory. Raises CheckpointError."""
         arena = Arena(blob.nbytes)
         read_blob(self.reader, blob, arena)
         verify(blob, arena)

@@ -39,8 +39,7 @@ class ExpertCache:
     """Lends experts out of `slots` slots of the largest one's size.
 
     blobs: of all experts; they are known by their places in it. view_of: where in the model the tensors of one belong,
-    as it lies in an arena. poison: a slot that is taken from an expert is filled with NaN. hits, misses: experts that
-    were asked for and in a slot, or not, since the beginning.
+    as it lies in an arena. poison: a slot that is taken from an expert is filled with NaN.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class ExpertCache:
         view_of: Callable[[LayerBlob, Arena], LayerView],
         poison: bool = False,
     ) -> None:
-        self.hits = self.misses = 0
         self._blobs, self._queue, self._view_of, self._poison = blobs, queue, view_of, poison
         size = max(blob.nbytes for blob in blobs)
         self._slots = [_Slot(Arena(size)) for _ in range(slots)]
@@ -87,8 +85,6 @@ class ExpertCache:
     def _count(self, experts: Sequence[int]) -> None:
         """Begin a round: count uses, and see that nothing of an abandoned one is left."""
         self._forget_unread()
-        held = sum(self._holder(expert) is not None for expert in experts)
-        self.hits, self.misses = self.hits + held, self.misses + len(experts) - held
         for expert in experts:
             self._uses[expert] += 1
         self._uses_since_halving += len(experts)

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ from offload.planning.wishes import Wishes, WishWords, add_wish_flags, words_of
 from offload.source import DEFAULT_OUTPUT, check_made
 
 if TYPE_CHECKING:
+    from offload.clock import Clock
     from offload.executor import StreamingStats
-    from offload.session import Clock, Prompts, Session
+    from offload.session import Prompts, Session
 
 _DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 
@@ -108,16 +109,15 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tuple[Report, bool]:
     """Load, print the plan, stream the answer to stdout, and measure; returns also whether it was interrupted."""
-    import torch  # noqa: F401  (so that what its import left is gone before that of transformers comes on top)
-
     from offload.memory import trim_memory
 
-    trim_memory()
+    trim_memory()  # what the import of torch left, before that of transformers comes on top
     from transformers import TextStreamer
 
+    from offload.clock import Clock
     from offload.planning.placement import describe
     from offload.sampling import Sampling
-    from offload.session import Clock, Prompts, Session
+    from offload.session import Prompts, Session
     from offload.trace import Trace
 
     trim_memory()
@@ -127,7 +127,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
     if len(tokens) + 1 > context:
         raise InputError(f"the prompt has {len(tokens)} tokens, the context only {context}")
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    session = Session(prompts, options.context or context, words, options.exact)
+    session = Session(prompts, context, words, options.exact)
     say(describe(session.executor.placement))
     streamer = None if options.json else TextStreamer(prompts.tokenizer, skip_prompt=True, skip_special_tokens=True)
     trace = Trace(session.executor) if options.trace is not None else None
@@ -148,17 +148,16 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
 @contextmanager
 def _live_line(session: "Session") -> Iterator["Callable[[Clock], None] | None"]:
     """Yield what a clock is to call at every token: a line at the foot of the terminal, where there is one."""
-    from offload.limit import measure_limit, weight_bytes
+    from offload.limit import measure_limit
     from offload.live import Meter, StatusLine
 
     with StatusLine() as line:
-        executor = session.executor
-        yield Meter(line, measure_limit(executor), weight_bytes(executor)) if line.active else None
+        yield Meter(line, measure_limit(session.executor), session.executor) if line.active else None
 
 
 def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt_tokens: int) -> Report:
     """Hold what was done against what bounds it, measured now."""
-    from offload.limit import measure_limit, weight_bytes
+    from offload.limit import measure_limit
     from offload.memory import peak_memory_bytes
     from offload.session import PREFILL_CHUNK_TOKENS
 
@@ -167,8 +166,7 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
     peak = peak_memory_bytes()
     limit = measure_limit(executor)
-    if limit.link == "disk":
-        limit = replace(limit, bytes_per_pass=disk_bytes)
+    bound_bytes = disk_bytes if limit.link == "disk" else executor.bytes_per_token
     return Report(
         text=session.prompts.text(clock.tokens),
         prompt_tokens=prompt_tokens,
@@ -176,11 +174,11 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
         prompt_seconds=clock.prompt_seconds,
         decode_tokens_per_second=clock.tokens_per_second,
         predicted_tokens_per_second=session.predicted_tokens_per_second,
-        bytes_per_token=weight_bytes(executor),
+        bytes_per_token=executor.bytes_per_token,
         disk_bytes_per_token=disk_bytes,
         limit=limit.link,
         limit_bytes_per_second=limit.bytes_per_second,
-        fraction=limit.fraction(clock.tokens_per_second),
+        fraction=bound_bytes * clock.tokens_per_second / limit.bytes_per_second,
         direct_reads=stats.direct,
         wait_seconds=stats.wait_seconds - before.wait_seconds,
         peak_memory_bytes=peak,

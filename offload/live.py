@@ -10,9 +10,10 @@ import time
 from collections import deque
 from contextlib import suppress
 
+from offload.clock import Clock
 from offload.command import format_bytes
+from offload.executor import Executor
 from offload.limit import Limit
-from offload.session import Clock
 
 _WINDOW_TOKENS = 32
 _REFRESH_SECONDS = 0.1
@@ -78,23 +79,32 @@ def _terminal_size() -> os.terminal_size:
 
 
 class Meter:
-    """Says how fast the last tokens came, what each of them read, and how much of the link that is."""
+    """Says how fast the last tokens came, what each of them read, and how much of the link that is.
 
-    def __init__(self, line: StatusLine, limit: Limit, bytes_per_token: int) -> None:
-        self._line, self._limit, self._bytes_per_token = line, limit, bytes_per_token
-        self._recent: deque[float] = deque(maxlen=_WINDOW_TOKENS)
+    executor: of the model that they come from.
+    """
+
+    def __init__(self, line: StatusLine, limit: Limit, executor: Executor) -> None:
+        self._line, self._limit, self._executor = line, limit, executor
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_TOKENS)
 
     def __call__(self, clock: Clock) -> None:
         """Show the line; what a `Clock` calls after a token."""
-        self._recent.append(clock.times[-1])
-        seconds = self._recent[-1] - self._recent[0]
+        self._recent.append((clock.times[-1], self._executor.stats.bytes_read))
+        seconds = self._recent[-1][0] - self._recent[0][0]
         if seconds:
             self._line.show(self.describe(len(clock.times), (len(self._recent) - 1) / seconds))
 
     def describe(self, tokens: int, tokens_per_second: float) -> str:
         """Return the line for one sequence at so many tokens a second."""
-        share = f"{self._limit.fraction(tokens_per_second):.0%} of {self._limit.link}"
-        disk = f", {format_bytes(self._limit.bytes_per_pass)} from disk" if self._limit.link == "disk" else ""
+        bound = weights = self._executor.bytes_per_token
+        disk = ""
+        if self._limit.link == "disk":
+            passes = max(1, len(self._recent) - 1)
+            bound = (self._recent[-1][1] - self._recent[0][1]) // passes if self._recent else 0
+            disk = f", {format_bytes(bound)} from disk"
+        share = bound * tokens_per_second / self._limit.bytes_per_second
         return (
-            f"{tokens} tokens  {tokens_per_second:.1f}/s  {format_bytes(self._bytes_per_token)} a token{disk}  {share}"
+            f"{tokens} tokens  {tokens_per_second:.1f}/s  {format_bytes(weights)} a token{disk}  "
+            f"{share:.0%} of {self._limit.link}"
         )

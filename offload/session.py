@@ -1,7 +1,7 @@
-"""What generate, chat and serve share: a tokenizer with its template, the streamed model, and a clock of its tokens."""
+"""What generate and chat share: a tokenizer with its template, and the streamed model."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,48 +70,6 @@ class Prompts:
         return text
 
 
-class Clock:
-    """A streamer that notes when each new token came, and hands it on.
-
-    streamer: of transformers, or None. on_token: called after each of them.
-    """
-
-    def __init__(self, streamer: Any = None, on_token: Callable[["Clock"], None] | None = None) -> None:
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self.tokens: list[int] = []
-        self._streamer, self._on_token = streamer, on_token
-        self._prompt_seen = False
-
-    def put(self, value: Any) -> None:
-        """Take the prompt first, then one token after the other."""
-        new = self._prompt_seen
-        self._prompt_seen = True
-        if new:
-            self.times.append(time.perf_counter())
-            self.tokens += value.tolist()
-        if self._streamer is not None:
-            self._streamer.put(value)
-        if new and self._on_token is not None:
-            self._on_token(self)
-
-    def end(self) -> None:
-        """Flush what is left."""
-        if self._streamer is not None:
-            self._streamer.end()
-
-    @property
-    def prompt_seconds(self) -> float:
-        """What the first token took, 0 if there was none."""
-        return self.times[0] - self.started if self.times else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding: of what came after the first token."""
-        seconds = self.times[-1] - self.times[0] if self.times else 0.0
-        return (len(self.times) - 1) / seconds if seconds else 0.0
-
-
 class Session:
     """A checkpoint that is loaded and answers. Raises what `offload.load` raises.
 
@@ -135,7 +93,8 @@ class Session:
 
     def new_cache(self) -> Cache | None:
         """Return an empty cache that `generate` fills, None for a model that keeps its past in another way."""
-        if not self.model._supports_default_dynamic_cache() or "mamba" in type(self.model).__name__.lower():
+        taken = inspect.signature(self.model.forward).parameters
+        if "past_key_values" not in taken or not self.model._supports_default_dynamic_cache():
             return None
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import DynamicCache
 
 from offload.chat import Settings, main
-from offload.conversation import Conversation
+from offload.clock import Clock
+from offload.conversation import Conversation, _complete_tokens
 from offload.errors import InputError, UsageError
 from offload.executor import executor_of
 from offload.sampling import Sampling
-from offload.session import Clock, Prompts, Session
+from offload.session import Prompts, Session
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
@@ -84,6 +87,19 @@ def test_an_interrupt_anywhere_keeps_the_part_and_the_next_answer_is_right(sessi
         assert conversation.messages[-1] == last
         _, tokens = ask(conversation, "Why?")
         assert tokens == session.generate(session.prompts.chat(conversation.messages[:-1]), 8, GREEDY)
+
+
+def test_of_a_pass_that_was_interrupted_only_whole_tokens_are_kept() -> None:
+    def cache(*lengths: tuple[int, int]) -> DynamicCache:
+        made = DynamicCache()
+        for index, (keys, values) in enumerate(lengths):
+            made.update(torch.zeros(1, 1, keys, 4), torch.zeros(1, 1, keys, 4), index)
+            made.layers[index].values = torch.zeros(1, 1, values, 4)
+        return made
+
+    assert _complete_tokens(cache((6, 6), (5, 5)), True) == 5
+    assert _complete_tokens(cache((6, 5), (5, 5)), True) == 0  # a key without its value
+    assert _complete_tokens(None, True) == 0
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_lives(session: Session) -> None:

@@ -5,12 +5,14 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from offload import live
+from offload.clock import Clock
 from offload.errors import UsageError
 from offload.executor import load
 from offload.generate import main
@@ -18,7 +20,6 @@ from offload.limit import Limit
 from offload.live import Meter, StatusLine
 from offload.planning.predict import Costs
 from offload.sampling import Sampling
-from offload.session import Clock
 from offload.text import load_tokenizer
 
 PROMPT = ["--prompt", "The quick brown fox", "--no-chat"]
@@ -110,12 +111,16 @@ def test_the_meter_tells_rate_bytes_and_share_of_the_link(monkeypatch: pytest.Mo
     err = Terminal()
     monkeypatch.setattr("sys.stderr", err)
     clock = Clock()
-    meter = Meter(StatusLine(), Limit("disk", 1000.0, 50), 80)
-    assert meter.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token, 50 B from disk  50% of disk"
+    model: Any = SimpleNamespace(bytes_per_token=80, stats=SimpleNamespace(bytes_read=0))
+    meter = Meter(StatusLine(), Limit("disk", 1000.0), model)
     for second in (1.0, 1.5, 2.0):
         clock.times.append(second)
         meter(clock)
+        model.stats.bytes_read += 50
     assert "2 tokens  2.0/s  80 B a token, 50 B from disk  10% of disk" in err.getvalue()
+    assert meter.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token, 50 B from disk  50% of disk"
+    in_memory = Meter(StatusLine(), Limit("memory", 1000.0), model)
+    assert in_memory.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token  80% of memory"
 
 
 def test_the_line_is_silent_where_there_is_no_terminal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,8 @@
 """Experts come when they are routed to, the head in blocks: equal bit for bit to a model that is all in memory."""
 
+import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_architectures import FAMILIES, SHARED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,6 +21,7 @@ from offload.errors import CheckpointError, ResourceError
 from offload.executor import executor_of, load
 from offload.experts import Experts
 from offload.head import StreamedHead
+from offload.limit import measure_limit
 from offload.planning.choice import plan
 from offload.planning.needs import ExpertNeeds, Needs
 from offload.planning.placement import Placement
@@ -24,36 +29,14 @@ from offload.units import part
 from quant import rtn
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
-SHARED: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": 0,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
-MIXTURES: dict[str, dict[str, Any]] = {
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "DeepseekV3": {
-        "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-        "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", params=MIXTURES)
+@pytest.fixture(scope="module", params=("Mixtral", "Qwen3Moe", "DeepseekV3"))
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with experts, rounded to nearest."""
     directory = tmp_path_factory.mktemp(request.param)
-    config = getattr(transformers, f"{request.param}Config")(**{**SHARED, **MIXTURES[request.param]})
+    config = getattr(transformers, f"{request.param}Config")(**{**SHARED, **FAMILIES[request.param]})
     torch.manual_seed(2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory / "model")
     flags = ["--model", str(directory / "model"), "--output", str(directory / "out"), "--group-size", "32"]
@@ -120,6 +103,36 @@ def test_experts_that_are_fetched_change_no_bit(
     executor_of(model).close()
 
 
+def test_experts_of_a_checkpoint_that_scattered_them_are_ranges_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots_for_experts: Callable[[int], None]
+) -> None:
+    config = transformers.MixtralConfig(**{**SHARED, **FAMILIES["Mixtral"]})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("offload.checkpoint_writer._EXPERT", re.compile("nothing"))  # as it was written at first
+    flags = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--group-size", "32"]
+    assert rtn.main(flags) == 0
+    expected = logits(load(tmp_path / "out"))
+    slots_for_experts(3)
+    model = load(tmp_path / "out", device_map="disk", slots=1, poison=True)
+    assert any(len(blob.ranges) > 1 for blob in executor_of(model).expert_blobs)
+    for _ in range(2):
+        assert equal(logits(model), expected)
+    executor_of(model).close()
+
+
+def test_a_model_of_which_only_experts_are_streamed_is_bound_by_the_disk(
+    mixture: Path, slots_for_experts: Callable[[int], None]
+) -> None:
+    slots_for_experts(1)
+    model = load(mixture, device_map="disk", slots=1)
+    executor = executor_of(model)
+    executor.slots, executor.streamed_blobs = None, []  # as where all that surrounds the experts is kept
+    limit = measure_limit(executor)
+    assert limit.link == "disk"
+    assert limit.bytes_per_second > 0
+    executor.close()
+
+
 def test_an_expert_that_is_not_routed_to_is_not_read(mixture: Path, slots_for_experts: Callable[[int], None]) -> None:
     slots_for_experts(8)
     model = load(mixture, device_map="disk", slots=1)
@@ -174,9 +187,22 @@ def test_a_head_in_blocks_changes_no_bit(untied: Path, depth: int, head_apart: N
     model = load(untied, device_map="disk", slots=depth, poison=True)
     assert isinstance(model.get_output_embeddings(), StreamedHead)
     assert len(executor_of(model).placement.head_tiers) >= 4
+    executor = executor_of(model)
+    assert equal(logits(model), whole)
+    before = executor.stats.layer_reads
     for _ in range(3):
         assert equal(logits(model), whole)
-    executor_of(model).close()
+    assert executor.queue is not None
+    read: list[str] = []
+    executor.queue.on_read = lambda blob, *_: read.append(blob.module)
+    assert equal(logits(model), whole)
+    deadline = time.monotonic() + 20
+    while (not read or read[-1].startswith("lm_head")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not read[-1].startswith("lm_head")  # after the head's last block comes the next token's first layer
+    passes = (executor.stats.layer_reads - before) / len(executor.streamed_blobs)
+    assert abs(passes - 8) * len(executor.streamed_blobs) <= depth  # each once a pass, but for what is read ahead
+    executor.close()
 
 
 def load_whole(directory: Path) -> list[Tensor]:
@@ -189,13 +215,14 @@ def load_whole(directory: Path) -> list[Tensor]:
 def test_a_damaged_head_is_refused_before_a_token(untied: Path, kind: str, head_apart: None) -> None:
     blob = Checkpoint.open(untied).blobs[-1]
     name = "lm_head.weight_packed" if kind == "flip" else "lm_head.weight_scale"
-    whole = blob.path.read_bytes()
+    whole, threads = blob.path.read_bytes(), threading.active_count()
     content = bytearray(whole)
     content[blob.offset + blob.tensors[name].offset + 100_000 * (kind == "flip")] ^= 1
     try:
         blob.path.write_bytes(content)
         with pytest.raises(CheckpointError, match=f"tensor '{name}' is damaged"):
             load(untied, device_map="disk", slots=1)
+        assert threading.active_count() == threads
     finally:
         blob.path.write_bytes(whole)
 

@@ -55,8 +55,8 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     """This toolkit, through transformers' own `generate()`."""
     import torch
 
+    from offload.clock import Clock
     from offload.executor import executor_of, load
-    from offload.planning.trial import Clock
 
     loaded = load(model, cpu_memory=cpu_memory, context_tokens=context_tokens)
     executor = executor_of(loaded)
@@ -77,7 +77,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
             do_sample=False,
             eos_token_id=None,
         )
-        return clock.times[1:]  # the prompt comes first
+        return clock.times
 
     def facts() -> dict[str, Any]:
         weights = executor.bytes_per_token

@@ -21,15 +21,6 @@ const AttentionKernels& attention_kernels(int level) {
     return portable_attention;
 }
 
-const DecoderKernels& lanes(int level) {
-#if defined(__x86_64__)
-    if (level >= 2) return avx512_decoder;
-    if (level == 1) return avx2_decoder;
-#endif
-    (void)level;
-    return portable_decoder;
-}
-
 int64_t pieces_of(int64_t tokens) { return (tokens + kContextPiece - 1) / kContextPiece; }
 
 // What queries leave behind: for each sequence, key head and piece, the parts of the queries that share the head.
@@ -65,7 +56,7 @@ class PreparedQueries {
         std::vector<float> wide(shape.key_dim);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t n = row % job.count, head = row / job.count;
-            lanes(level).widen(job.queries.row(head / job.heads, head % job.heads, n), shape.key_dim, wide.data());
+            decoder_kernels(level).widen(job.queries.row(head / job.heads, head % job.heads, n), shape.key_dim, wide.data());
             for (float& x : wide) x *= job.scaling;
             attention_kernels(level).prepare(wide.data(), shape.key_dim, queries_.from(row));
         }
@@ -135,7 +126,7 @@ void append_tokens(int level, int threads, const KvContext& context, const Rows&
     constexpr int64_t kGrainRows = 64;
     const BlockShape& shape = context.shape;
     const AttentionKernels& kernels = attention_kernels(level);
-    const DecoderKernels& decoder = lanes(level);
+    const DecoderKernels& decoder = decoder_kernels(level);
     pool().run(threads, shape.batch * shape.key_heads * count, kGrainRows, [&](int64_t begin, int64_t end) {
         std::vector<float> wide(std::max(shape.key_dim, shape.value_dim));
         for (int64_t i = begin; i < end; ++i) {
@@ -175,7 +166,7 @@ void merge_pieces(int level, const AttentionJob& job, const void* workspace, int
             const int64_t g = query / job.count, n = query % job.count, b = head / shape.key_heads;
             const int64_t row = (b * job.count + n) * job.heads + head % shape.key_heads * group + g;
             merge_one(parts, head, query, merged.data());
-            lanes(level).narrow(merged.data(), dtype, shape.value_dim, static_cast<uint8_t*>(out) + row * row_bytes);
+            decoder_kernels(level).narrow(merged.data(), dtype, shape.value_dim, static_cast<uint8_t*>(out) + row * row_bytes);
         }
 }
 

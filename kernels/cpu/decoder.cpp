@@ -14,15 +14,6 @@ namespace {
 constexpr int64_t kLargestShareBytes = 512 << 10, kSmallestShareBytes = 32 << 10;
 constexpr int64_t kShares = 4;  // of a product for each thread, so that one that is held up is not waited for
 
-const DecoderKernels& decoder_kernels(int level) {
-#if defined(__x86_64__)
-    if (level >= 2) return avx512_decoder;
-    if (level == 1) return avx2_decoder;
-#endif
-    (void)level;
-    return portable_decoder;
-}
-
 struct KeyValues {
     uint8_t *keys, *values;  // [key_heads, capacity, head_dim]
     int32_t dtype;

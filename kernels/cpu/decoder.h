@@ -58,4 +58,13 @@ extern const DecoderKernels avx2_decoder;
 extern const DecoderKernels avx512_decoder;
 #endif
 
+inline const DecoderKernels& decoder_kernels(int level) {
+#if defined(__x86_64__)
+    if (level >= 2) return avx512_decoder;
+    if (level == 1) return avx2_decoder;
+#endif
+    (void)level;
+    return portable_decoder;
+}
+
 }  // namespace int4

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload.checkpoint import Checkpoint
+from offload.clock import Clock
 from offload.command import run
 from offload.errors import InputError, ResourceError, ToolkitError, UsageError
 from offload.executor import executor_of, load
@@ -88,30 +89,15 @@ def time_decode(model: PreTrainedModel, prompt_tokens: int, steps: int, batch_si
         for handle in handles:
             handle.remove()
     passes = [(end[0] - begin[0], end[1] - begin[1]) for begin, end in zip(stamps[::2], stamps[1::2], strict=True)]
-    times = clock.times
     return Timing(
         prompt_tokens=prompt_tokens,
         context_tokens=prompt_tokens + steps // 2,
-        step_seconds=statistics.median(after - before for before, after in pairwise(times[1:])),
+        step_seconds=statistics.median(after - before for before, after in pairwise(clock.times)),
         inside_seconds=statistics.median(inside for inside, _ in passes[1:]),
         wait_seconds=statistics.median(wait for _, wait in passes[1:]),
-        prefill_seconds=times[1] - times[0],
+        prefill_seconds=clock.prompt_seconds,
         prefill_wait_seconds=passes[0][1],
     )
-
-
-class Clock:
-    """A streamer that notes when the prompt was taken and when each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        """Take the prompt, then one token after the other."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left."""
 
 
 @dataclass(frozen=True, slots=True)
