@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from eval.speed import executor as speed_executor
 from eval.speed.__main__ import main
 from eval.speed.control_group import memory_limit
-from eval.speed.executor import EngineError, measure
+from eval.speed.executor import EngineError, Turns, _row, measure
 from eval.speed.random_model import SHAPES, write_bfloat16, write_checkpoint, write_gguf
+from eval.speed.timing import Samples
 from offload.errors import UsageError
 
 TINY = SHAPES["tiny"]
@@ -46,6 +47,13 @@ def test_a_row_for_every_shape_budget_and_engine(tmp_path: Path, capfd: pytest.C
     assert "700.0 MiB ours" in table[2]
     with pytest.raises(UsageError, match="--picture: only the kernels are drawn"):
         report.draw(tmp_path / "picture.png")
+
+
+def test_what_is_streamed_is_held_against_the_disk_of_the_same_round(tmp_path: Path) -> None:
+    facts = {"bytes_per_token": 80_000_000, "disk_bytes_per_token": 50_000_000}
+    turns = {"ours": Turns(decode=[0.1, 0.2, 0.1], disk=[1e-9, 2e-9, 1e-9], facts=facts)}
+    row = _row("tiny", "ours", 700 << 20, turns, Samples((1e-10,) * 3), options(tmp_path))
+    assert (row["of_disk"], row["of_read"], row["disk_gb_per_s"], row["read_gb_per_s"]) == (0.5, "", 1.0, 10.0)
 
 
 def test_an_engine_that_fails_is_left_out_and_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
 
     from offload.clock import Clock
     from offload.executor import executor_of, load
+    from offload.limit import measure_limit
 
     loaded = load(model, cpu_memory=cpu_memory, context_tokens=context_tokens)
     executor = executor_of(loaded)
@@ -80,8 +81,14 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
         return clock.times
 
     def facts() -> dict[str, Any]:
-        weights = executor.bytes_per_token
-        return {"bytes_per_token": weights, "disk_bytes_per_token": executor.placement.disk_bytes, **_memory()}
+        limit = measure_limit(executor)
+        disk = [1 / limit.bytes_per_second] if limit.link == "disk" else []
+        return {
+            "bytes_per_token": executor.bytes_per_token,
+            "disk_bytes_per_token": executor.placement.disk_bytes,
+            "disk_seconds_per_byte": disk,
+            **_memory(),
+        }
 
     return Engine(run, facts, generate)
 

@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,11 +25,9 @@ from eval.speed.control_group import memory_limit
 from eval.speed.random_model import SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
 from eval.speed.timing import Samples
 from kernels.cpu_matmul import read_seconds
-from offload.checkpoint import Checkpoint
 from offload.command import Progress, format_bytes, parse_bytes, say
 from offload.errors import UsageError
-from offload.memory import Arena, FileReader
-from offload.read_queue import read_blob
+from offload.memory import Arena
 
 _READ_BYTES = 512 << 20
 _MODELS = Path("checkpoints") / "random"
@@ -46,10 +43,14 @@ _WRITERS: dict[str, Callable[[ModelShape, Path], None]] = {
 
 @dataclass(slots=True)
 class Turns:
-    """What one engine's turns gave: seconds of a token and of a prompt, one a round, and what it said of itself."""
+    """What one engine's turns gave: seconds of a token and of a prompt, one a round, and what it said of itself.
+
+    disk: seconds that a byte takes from disk, of one that streams: right after decoding, over the bytes it streams.
+    """
 
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
+    disk: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -128,7 +129,7 @@ def _compare(
     shape: str, models: dict[str, Path], budget_bytes: int | None, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Let the engines take turns, the limits between them; return a row for each that finished."""
-    disk, memory = Samples(()), Samples(())
+    memory: list[float] = []
     turns = {name: Turns() for name in models}
     for path in models.values():
         _forget(path)
@@ -136,7 +137,7 @@ def _compare(
         asked = {
             name: stack.enter_context(_process(name, path, budget_bytes, options)) for name, path in models.items()
         }
-        limits = _Limits(models["ours"]) if "ours" in models else None
+        buffer = Arena(_READ_BYTES).bytes.fill_(1)
         progress = Progress(f"{shape}, {format_bytes(budget_bytes) if budget_bytes else 'no limit'}", options.rounds)
         for name in [name for name in asked if not _answers(name, asked[name], "load")]:
             del asked[name]
@@ -147,15 +148,13 @@ def _compare(
                     if options.prompt_tokens:
                         turns[name].prefill.append(asked[name](f"prefill {options.prompt_tokens}"))
                     turns[name].facts = asked[name]("facts")
+                    turns[name].disk += turns[name].facts.get("disk_seconds_per_byte", [])
                 except EngineError as error:
                     say(f"{name}: {error}; left out")
                     del asked[name]
-            if limits is not None:
-                limits.measure()
+            memory.append(read_seconds(buffer) / buffer.nbytes)
             progress.advance()
-    if limits is not None:
-        disk, memory = Samples(tuple(limits.disk)), Samples(tuple(limits.memory))
-    return [_row(shape, name, budget_bytes, turns, disk, memory, options) for name in asked]
+    return [_row(shape, name, budget_bytes, turns, Samples(tuple(memory)), options) for name in asked]
 
 
 def _forget(model: Path) -> None:
@@ -165,28 +164,6 @@ def _forget(model: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-class _Limits:
-    """Seconds that a byte takes from disk and from memory, one entry a round."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._blobs = [blob for blob in Checkpoint.open(checkpoint).blobs if blob.module]
-        self._reader, self._arena = FileReader(), Arena(max(blob.nbytes for blob in self._blobs))
-        self._buffer = Arena(_READ_BYTES).bytes.fill_(1)
-        self.disk: list[float] = []
-        self.memory: list[float] = []
-
-    def measure(self) -> None:
-        """Take both once."""
-        started, total = time.perf_counter(), 0
-        for blob in self._blobs:
-            read_blob(self._reader, blob, self._arena)
-            total += blob.nbytes
-            if total >= _READ_BYTES:
-                break
-        self.disk.append((time.perf_counter() - started) / total)
-        self.memory.append(read_seconds(self._buffer) / self._buffer.nbytes)
 
 
 class EngineError(Exception):
@@ -258,12 +235,11 @@ def _row(
     engine: str,
     budget_bytes: int | None,
     turns: dict[str, Turns],
-    disk: Samples,
     memory: Samples,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     mine, facts = turns[engine], turns[engine].facts
-    decode = Samples(tuple(mine.decode))
+    decode, disk = Samples(tuple(mine.decode)), Samples(tuple(mine.disk))
     row: dict[str, Any] = {
         "shape": shape,
         "engine": engine,
@@ -281,7 +257,7 @@ def _row(
         "bytes_per_token": facts.get("bytes_per_token", ""),
         "disk_bytes_per_token": facts.get("disk_bytes_per_token", ""),
         "disk_gb_per_s": round(1e-9 / disk.median, 2) if disk.seconds else "",
-        "read_gb_per_s": round(1e-9 / memory.median, 2) if memory.seconds else "",
+        "read_gb_per_s": round(1e-9 / memory.median, 2),
         "of_disk": "",
         "of_read": "",
     }
