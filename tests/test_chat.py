@@ -1,12 +1,15 @@
 """A chat reads only what is new, keeps what an interrupt leaves, and does what its commands say."""
 
+import fcntl
 import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -171,30 +174,43 @@ def test_settings_refuse_what_they_do_not_know() -> None:
     assert str(refused.value) == "/set warmth: expected one of temperature, top_p, top_k, seed, max_new_tokens"
 
 
-@pytest.mark.timeout(120)
+# 20 ms between two tokens, so that the answer cannot be over before the interrupt comes.
+SLOW_CHAT = """
+import sys, time
+from offload import chat, clock
+put = clock.Clock.put
+clock.Clock.put = lambda self, value: (put(self, value), time.sleep(0.02))[0]
+sys.exit(chat.main())
+"""
+
+
+@pytest.mark.timeout(200)
 def test_on_a_terminal_an_interrupt_keeps_the_chat(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A real terminal: a prompt, an answer that is stopped by Ctrl-C, another that is not, and the history file."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "offload.chat", "--model", str(tiny_checkpoint), "--temperature", "0"]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TERM": "xterm"}
-    with subprocess.Popen(
+    command = [sys.executable, "-c", SLOW_CHAT, "--model", str(tiny_checkpoint), "--temperature", "0"]
+    process = subprocess.Popen(
         [*command, "--max-new-tokens", "400", "--device-map", "disk"],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TERM": "xterm"},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    ) as process:
-        os.close(theirs)
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
         screen = Screen(ours)
         screen.type("Tell me about the fox\r", after=">>> ")
         screen.type("\x03", after=" a token, ")  # the live line: it has begun to answer
         screen.type("/stats\r", after="what there is was kept")
         screen.type("/exit\r", after=" of them read already")
         assert process.wait(60) == 0
-    os.close(ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
     assert "Tell me about the fox" in (tmp_path / "int4-offload" / "chat_history").read_text()
     assert "Traceback" not in screen.text
 
@@ -208,7 +224,8 @@ class Screen:
     def type(self, keys: str, after: str) -> None:
         deadline = time.monotonic() + 60
         while (found := self.text.find(after, self._seen)) < 0:
-            assert time.monotonic() < deadline, self.text
+            readable, _, _ = select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            assert readable, f"{after!r} did not come: {self.text!r}"
             self.text += os.read(self._descriptor, 1 << 16).decode(errors="replace")
         self._seen = found + len(after)
         os.write(self._descriptor, keys.encode())
