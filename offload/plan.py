@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """Tokens a second, as predicted for the placement that was loaded and as measured on it."""
+    """Tokens a second, as predicted for the placement that was loaded and as measured on it.
+
+    decode_predicted_after: what would have been predicted with the disk as it was right after, None if none was read.
+    """
 
     decode_predicted: float
+    decode_predicted_after: float | None
     decode_measured: float
     prefill_predicted: float
     prefill_measured: float
@@ -36,6 +40,8 @@ class Confirmation:
             predicted, measured = getattr(self, f"{name}_predicted"), getattr(self, f"{name}_measured")
             error = f"{abs(predicted / measured - 1):.0%} {'over' if predicted > measured else 'under'} it"
             lines.append(f"  {name:8} {measured:8.1f} tokens/s; predicted {predicted:.1f}, {error}")
+        if self.decode_predicted_after is not None:
+            lines[1] += f"; {self.decode_predicted_after:.1f} with the disk as it was right after"
         return "\n".join(lines)
 
 
@@ -60,6 +66,8 @@ def _command(argv: list[str]) -> None:
         subject = _rehearsed(options, words, subject)
     from offload.planning.forecast import predict
 
+    if runs and "disk" in subject.placed().units_tiers:
+        subject = _with_disk_as_it_is(subject, options.model)
     placement = subject.placed()
     prediction = predict(subject, placement)
     if not options.json:
@@ -162,9 +170,19 @@ def _rehearsed(options: argparse.Namespace, words: WishWords, subject: "Subject"
     from offload.planning.rehearsal import rehearse
 
     say("rehearsing the model on it, once")
-    overheads = rehearse(options.model, subject.shape, subject.machine, words, options.context)
+    found = rehearse(options.model, subject.shape, subject.machine, words, options.context)
+    overheads = found.over(subject.overheads)
     remember_overheads(Checkpoint.open(options.model), overheads)
     return replace(subject, overheads=overheads)
+
+
+def _with_disk_as_it_is(subject: "Subject", directory: Path) -> "Subject":
+    """Return the subject with its disk timed again: shared disks change their speed by the hour, memory does not."""
+    from offload.checkpoint import Checkpoint
+    from offload.planning.machine import disk_rate
+
+    disk = disk_rate([blob for blob in Checkpoint.open(directory).blobs if blob.module])
+    return replace(subject, machine=subject.machine.with_disk(disk))
 
 
 def _on_device(wishes: Wishes, machine: "Machine") -> Wishes:
@@ -198,8 +216,10 @@ def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject"
     )
     placement = Placement(trial.tiers, trial.depth, subject.needs, subject.wishes.cpu_bytes)
     short, long = trial.timings
+    after = None if trial.disk is None else replace(subject, machine=subject.machine.with_disk(trial.disk))
     return Confirmation(
         decode_predicted=batch / subject.decode_seconds(placement, short.context_tokens),
+        decode_predicted_after=None if after is None else batch / after.decode_seconds(placement, short.context_tokens),
         decode_measured=batch / short.step_seconds,
         prefill_predicted=batch * long.prompt_tokens / subject.prefill_seconds(placement, long.prompt_tokens),
         prefill_measured=batch * long.prompt_tokens / long.prefill_seconds,

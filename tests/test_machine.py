@@ -92,18 +92,17 @@ def test_a_cache_that_cannot_be_read_is_no_cache(tmp_path: Path) -> None:
 def test_costs_are_bytes_over_speed_and_what_was_rehearsed() -> None:
     overheads = Overheads(
         layer_seconds=1e-3,
-        streamed_seconds=2e-4,
+        streamed_seconds=1.2e-3,
         outside_seconds=3e-3,
-        read_seconds=5e-5,
         context_seconds=1e-6,
-        computing_beside=0.9,
-        reading_beside=0.7,
+        reading_share=0.8,
     )
     costs = decode_costs(SHAPE, FIGURES, overheads, context_tokens=1000)
     assert costs.host_seconds == pytest.approx((0.010 + 1e-3 + 1e-3,) * 2)
-    assert costs.read_seconds == pytest.approx((0.080 + 1e-4 + 5e-5,) * 2)
+    assert costs.read_seconds == pytest.approx((0.080 / 0.8 + 1e-4,) * 2)
     assert costs.outside_seconds == pytest.approx(0.020 + 3e-3)
-    assert (costs.streamed_seconds, costs.computing_beside, costs.reading_beside) == (2e-4, 0.9, 0.7)
+    assert costs.streamed_seconds == pytest.approx(2e-4)
+    assert costs.computing_beside == 1.0
     batch = decode_costs(SHAPE, FIGURES, overheads, context_tokens=1000, batch_size=4)
     assert batch.host_seconds == pytest.approx((0.010 + 1e-3 + 4e-3,) * 2)
 

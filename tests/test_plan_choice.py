@@ -25,13 +25,12 @@ HOST_BESIDE_DEVICE = (400 + 30 + 8) * MIB
 
 SECONDS = st.floats(1e-4, 1e-2)
 MACHINES = st.builds(
-    lambda host, read, outside, streamed, computing, reading, copy, mapped, device: Costs(
+    lambda host, read, outside, streamed, computing, copy, mapped, device: Costs(
         host_seconds=(host,) * COUNT,
         read_seconds=(read,) * COUNT,
         outside_seconds=outside,
         streamed_seconds=streamed,
         computing_beside=computing,
-        reading_beside=reading,
         device_seconds=(host * device,) * COUNT,
         mapped_seconds=(max(mapped, host * device),) * COUNT,
         copy_seconds=(copy,) * COUNT,
@@ -41,7 +40,6 @@ MACHINES = st.builds(
     SECONDS,
     SECONDS,
     st.floats(0, 1e-3),
-    st.floats(0.5, 1.0),
     st.floats(0.5, 1.0),
     SECONDS,
     SECONDS,

@@ -71,25 +71,35 @@ class Shape:
 class Overheads:
     """What decoding one sequence takes beside what the links explain, in seconds, as rehearsed on this machine.
 
-    layer: of every layer; streamed: more for one out of the ring. outside: of a pass, between its layers. read: of
-    every read. context: of every layer and token of context, all of it. prefill: of every layer and token of a prompt.
-    computing_beside, reading_beside: see Costs. kept: layers that were in memory in the rehearsal.
+    layer: of every layer in memory; streamed: of every one out of the ring. outside: of a pass, between its layers.
+    context: of every layer and token of context, all of it. prefill: of every layer and token of a prompt.
+    reading_share: of the disk's rate that reads keep while the model runs. kept, streamed: layers in memory and on
+    disk that this was learned from.
     """
 
     layer_seconds: float = 0.0
     streamed_seconds: float = 0.0
     outside_seconds: float = 0.0
-    read_seconds: float = 0.0
     context_seconds: float | None = None
     prefill_seconds: float = 0.0
-    computing_beside: float | None = None
-    reading_beside: float = 1.0
+    reading_share: float = 1.0
     kept: int = 0
+    streamed: int = 0
 
     @property
     def known(self) -> bool:
         """Whether a rehearsal has found them."""
         return self != Overheads()
+
+    def over(self, earlier: "Overheads") -> "Overheads":
+        """Return them with what an earlier rehearsal knows from more layers than this one."""
+        found = self
+        if earlier.kept > found.kept:
+            found = replace(found, layer_seconds=earlier.layer_seconds, kept=earlier.kept)
+        if earlier.streamed > found.streamed:
+            share, seconds = earlier.reading_share, earlier.streamed_seconds
+            found = replace(found, streamed_seconds=seconds, reading_share=share, streamed=earlier.streamed)
+        return found
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Overheads":
@@ -128,10 +138,11 @@ def prefill_costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: 
 
 
 def _costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: int, around: float) -> Costs:
-    beside, experts = overheads.computing_beside, shape.experts
+    experts = shape.experts
 
     def reading(sizes: tuple[int, ...]) -> tuple[float, ...]:
-        return tuple(read_seconds(machine, nbytes) + overheads.read_seconds for nbytes in sizes)
+        rate = machine.disk_bytes_per_second * overheads.reading_share
+        return tuple(machine.disk_seconds_per_read + nbytes / rate for nbytes in sizes)
 
     around_read: tuple[float, ...] = ()
     fetch: tuple[float, ...] = ()
@@ -147,19 +158,13 @@ def _costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: int, ar
         ),
         read_seconds=reading(shape.layers_bytes),
         outside_seconds=shape.head_bytes / machine.read_bytes_per_second + overheads.outside_seconds,
-        streamed_seconds=overheads.streamed_seconds,
-        computing_beside=1 / (1 + machine.interference) if beside is None else beside,
-        reading_beside=overheads.reading_beside,
+        streamed_seconds=max(0.0, overheads.streamed_seconds - overheads.layer_seconds),
+        computing_beside=1.0 if overheads.known else 1 / (1 + machine.interference),
         head_seconds=tuple(nbytes / machine.read_bytes_per_second for nbytes in shape.head_blocks_bytes),
         head_read_seconds=reading(shape.head_blocks_bytes),
         around_read_seconds=around_read,
         fetch_seconds=fetch,
     )
-
-
-def read_seconds(machine: Machine, nbytes: int) -> float:
-    """Return what reading a layer takes while nothing else runs."""
-    return machine.disk_seconds_per_read + nbytes / machine.disk_bytes_per_second
 
 
 def _with_device(costs: Costs, shape: Shape, machine: Machine, tokens: int, around: float) -> Costs:

@@ -44,9 +44,9 @@ class Subject:
 
     @property
     def wants_rehearsal(self) -> bool:
-        """Whether the model was not rehearsed, or with too few layers kept to tell for a plan that keeps many."""
-        count, rehearsed = len(self.shape.layers_bytes), self.overheads
-        return not rehearsed.known or 3 * rehearsed.kept < count <= 3 * self.placed().tiers.count("host")
+        """Whether the model was not rehearsed, or with too few layers in memory, or on disk, for a plan of many."""
+        tiers, rehearsed = self.placed().tiers, self.overheads
+        return tiers.count("host") > 3 * rehearsed.kept or tiers.count("disk") > 3 * rehearsed.streamed
 
     def placed(self) -> Placement:
         """Choose the placement. Raises ResourceError if nothing fits."""
@@ -104,7 +104,6 @@ def _without_each(subject: Subject) -> dict[str, Subject]:
     """Return the subject with one thing at a time that takes no time any more."""
     machine, overheads = subject.machine, subject.overheads
     no_disk = replace(subject, machine=_faster_disk(machine, _FREE))
-    no_disk = replace(no_disk, overheads=replace(overheads, read_seconds=0.0, computing_beside=1.0))
     no_bus = replace(
         machine,
         copy_bytes_per_second=machine.copy_bytes_per_second * _FREE,

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -33,6 +33,15 @@ _POOL_BYTES = 256 << 20
 _ROWS, _INPUTS, _GROUP_SIZE = 4096, 4096, 64
 _PREFILL_TOKENS = 512
 _SAMPLE_SECONDS = 0.4
+_DISK_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRate:
+    """How fast blobs are read past the page cache: bytes a second of long reads, and what every read takes beside."""
+
+    bytes_per_second: float
+    seconds_per_read: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,10 @@ class Machine:
         """Whether it has a GPU whose links are known."""
         return min(self.copy_bytes_per_second, self.mapped_bytes_per_second, self.device_bytes_per_second) > 0
 
+    def with_disk(self, disk: DiskRate) -> "Machine":
+        """Return the machine with another rate of its disk."""
+        return replace(self, disk_bytes_per_second=disk.bytes_per_second, disk_seconds_per_read=disk.seconds_per_read)
+
     @classmethod
     def from_json(cls, values: object) -> "Machine":
         """Rebuild from `asdict`. Raises ValueError on unknown or missing keys and on values that are no figures."""
@@ -118,7 +131,7 @@ def measure(blobs: Sequence[LayerBlob]) -> Machine:
     with torch.inference_mode():
         seconds_per_product = _seconds_per_call(multiply(activation))
         seconds_per_tile = _seconds_per_call(multiply(many))
-        disk_bytes_per_second, seconds_per_read = _disk(blobs)
+        disk = disk_rate(blobs)
         beside_reads = _beside(lambda: _seconds_per_call(multiply(activation)), blobs)
     memory = torch.empty(pool_bytes, dtype=torch.uint8).fill_(1)
     device: dict[str, Any] = _device_links() if torch.cuda.is_available() else {}
@@ -128,8 +141,8 @@ def measure(blobs: Sequence[LayerBlob]) -> Machine:
         read_bytes_per_second=pool_bytes / _read_seconds(memory),
         kernel_bytes_per_second=pool_bytes / len(weights) / seconds_per_product,
         kernel_operations_per_second=2 * _ROWS * _INPUTS * _PREFILL_TOKENS / seconds_per_tile,
-        disk_bytes_per_second=disk_bytes_per_second,
-        disk_seconds_per_read=seconds_per_read,
+        disk_bytes_per_second=disk.bytes_per_second,
+        disk_seconds_per_read=disk.seconds_per_read,
         interference=max(0.0, beside_reads / seconds_per_product - 1),
         **device,
     )
@@ -197,29 +210,34 @@ def _read_seconds(memory: torch.Tensor) -> float:
     return min(read_seconds(memory) for _ in range(5))
 
 
-def _disk(blobs: Sequence[LayerBlob]) -> tuple[float, float]:
-    """Return bytes a second of long reads, and seconds that every read takes beside that.
+def time_disk(blobs: Sequence[LayerBlob], reader: FileReader, arena: Arena) -> DiskRate:
+    """Read blobs in circles into an arena of the largest one's size, for some seconds. Raises CheckpointError.
 
-    Long reads are whole shards; short ones are single pages, of the same files.
+    Long reads are whole blobs, short ones single pages of the same files. A shared disk changes its rate by 10 to 20%
+    from one half second to the next (measured), so it is the mean over several that counts.
     """
-    reader = FileReader()
-    arena = Arena(max(blob.nbytes for blob in blobs))
     page = arena.view(0, PAGE_BYTES)
-
-    def whole(index: int) -> None:
-        read_blob(reader, blobs[index % len(blobs)], arena)
 
     def short(index: int) -> None:
         blob = blobs[index % len(blobs)]
         reader.read_into(blob.path, blob.offset, min(PAGE_BYTES, blob.nbytes), page)
 
+    per_page = _seconds_per_call(short)
+    began, reads, total = time.perf_counter(), 0, 0
+    while (elapsed := time.perf_counter() - began) < _DISK_SECONDS or not reads:
+        read_blob(reader, blobs[reads % len(blobs)], arena)
+        total += blobs[reads % len(blobs)].nbytes
+        reads += 1
+    return DiskRate(total / max(elapsed - reads * per_page, elapsed / 2), per_page)
+
+
+def disk_rate(blobs: Sequence[LayerBlob]) -> DiskRate:
+    """Time the disk that blobs lie on, see `time_disk`. Raises CheckpointError."""
+    reader = FileReader()
     try:
-        per_page = _seconds_per_call(short)
-        per_blob = _seconds_per_call(whole)
+        return time_disk(blobs, reader, Arena(max(blob.nbytes for blob in blobs)))
     finally:
         reader.close()
-    mean_bytes = sum(blob.nbytes for blob in blobs) / len(blobs)
-    return mean_bytes / max(per_blob - per_page, per_blob / 2), per_page
 
 
 def _beside(timed: Callable[[], float], blobs: Sequence[LayerBlob]) -> float:

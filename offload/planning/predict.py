@@ -24,8 +24,8 @@ class Costs:
     host, device, mapped: computing a layer on the CPU, on the device from its own memory, on the device across the bus.
     copy: bringing it to the device. read: bringing it from disk, while nothing else runs. streamed: what a layer out of
     a ring takes beside that, to be put in its place. outside: what lies between two passes over the layers, head and
-    sampling, without and with a device. computing_beside, reading_beside: share of their own speed that computing on
-    the CPU and reading keep while both run.
+    sampling, without and with a device. computing_beside: share of its own speed that computing on the CPU keeps while
+    something is read.
 
     What can be had apart: head, head_read: computing and reading each block of the head, the former a part of outside.
     around_read: reading a layer without its experts. fetch: reading all experts that a layer needs, for want of which
@@ -37,7 +37,6 @@ class Costs:
     outside_seconds: float = 0.0
     streamed_seconds: float = 0.0
     computing_beside: float = 1.0
-    reading_beside: float = 1.0
     device_seconds: tuple[float, ...] = ()
     mapped_seconds: tuple[float, ...] = ()
     copy_seconds: tuple[float, ...] = ()
@@ -114,7 +113,7 @@ class _Machine:
         self, tiers: Sequence[Tier], hows: Sequence[Tier], costs: Costs, depth: int, device_depth: int
     ) -> None:
         self.now = self.waited = 0.0
-        self._computing_beside, self._reading_beside = costs.computing_beside, costs.reading_beside
+        self._computing_beside = costs.computing_beside
         self._reads = [seconds for seconds, tier in zip(costs.read_seconds, tiers, strict=True) if tier == "disk"]
         staged = [index for index, how in enumerate(hows) if how == "staged"]
         self._copies = [(costs.copy_seconds[index], tiers[index] == "disk") for index in staged]
@@ -133,14 +132,14 @@ class _Machine:
             ends = [left for left in (self._read_left, self._copy_left) if left]
             assert ends, "nothing is under way that could be waited for"
             self.waited += min(ends)
-            self._pass(min(ends), min(ends))
+            self._pass(min(ends))
         self._there[kind] -= 1
 
     def fetch(self, seconds: float) -> None:
         """Let a read pass that goes before all that are waiting, behind the one that is under way."""
         if seconds:
             self.waited += self._read_left + seconds
-            self._pass(self._read_left, self._read_left)
+            self._pass(self._read_left)
             self.now += seconds
 
     def compute(self, seconds: float, how: Tier) -> None:
@@ -148,14 +147,10 @@ class _Machine:
         left = seconds
         while left > 0:
             self._begin()
-            shared = how == "host" and self._read_left > 0
-            speed, reading = (self._computing_beside, self._reading_beside) if shared else (1.0, 1.0)
-            ends = [left / speed]
-            ends += [self._read_left / reading] if self._read_left else []
-            ends += [self._copy_left] if self._copy_left else []
-            step = min(ends)
-            left = 0.0 if step == ends[0] else left - step * speed
-            self._pass(step, step * reading)
+            speed = self._computing_beside if how == "host" and self._read_left else 1.0
+            step = min([left / speed, *(other for other in (self._read_left, self._copy_left) if other)])
+            left = 0.0 if step == left / speed else left - step * speed
+            self._pass(step)
 
     def release(self, tier: Tier, how: Tier) -> None:
         """Free the slot of the layer that has just been computed."""
@@ -178,11 +173,11 @@ class _Machine:
             self._begun["read"] += 1
             self._slots -= 1
 
-    def _pass(self, seconds: float, reading_seconds: float) -> None:
+    def _pass(self, seconds: float) -> None:
         """Move all clocks on, by at most what is left of any transfer."""
         self.now += seconds
         if self._read_left:
-            self._read_left = _rest(self._read_left - reading_seconds)
+            self._read_left = _rest(self._read_left - seconds)
             self._there["read"] += not self._read_left
         if self._copy_left:
             self._copy_left = _rest(self._copy_left - seconds)

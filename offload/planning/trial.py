@@ -5,108 +5,37 @@ as its argument, the answer goes to stdout.
 """
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from transformers import PreTrainedModel
-
 from offload.checkpoint import Checkpoint
-from offload.clock import Clock
 from offload.command import run
 from offload.errors import InputError, ResourceError, ToolkitError, UsageError
 from offload.executor import executor_of, load
-from offload.planning.machine import Machine, measure
+from offload.planning.machine import DiskRate, Machine, measure, time_disk
 from offload.planning.predict import Costs, Tier
+from offload.planning.timing import Timing, time_decode
 from offload.planning.wishes import WishWords
 
 _MOST_STEPS, _LEAST_STEPS = 24, 4
-_RUN_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Medians of decoded tokens, in seconds: whole steps, what of them lies between embedding and head, and waits.
-
-    prefill_seconds, prefill_wait_seconds: of the pass over the prompt of prompt_tokens. context_tokens: before the
-    token in the middle of those that were decoded.
-    """
-
-    prompt_tokens: int
-    context_tokens: int
-    step_seconds: float
-    inside_seconds: float
-    wait_seconds: float
-    prefill_seconds: float
-    prefill_wait_seconds: float
-
-    @property
-    def computing_seconds(self) -> float:
-        """What the layers compute for a token."""
-        return self.inside_seconds - self.wait_seconds
-
-    @property
-    def outside_seconds(self) -> float:
-        """What lies outside the layers: head, sampling, the loop."""
-        return self.step_seconds - self.inside_seconds
-
-
-def time_decode(model: PreTrainedModel, prompt_tokens: int, steps: int, batch_size: int = 1) -> Timing:
-    """Generate `steps` tokens after a prompt of `prompt_tokens`, of each sequence, and time them after the first."""
-    executor = executor_of(model)
-    stamps: list[tuple[float, float]] = []
-
-    def stamp(*_: Any) -> None:
-        stamps.append((time.perf_counter(), executor.stats.wait_seconds))
-
-    handles = [
-        model.get_input_embeddings().register_forward_hook(stamp),
-        model.get_output_embeddings().register_forward_pre_hook(stamp),
-    ]
-    clock = Clock()
-    tokens = (torch.arange(prompt_tokens) % 100 + 100).repeat(batch_size, 1)
-    try:
-        with torch.inference_mode():
-            model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                min_new_tokens=steps + 1,
-                max_new_tokens=steps + 1,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                streamer=clock,
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
-    passes = [(end[0] - begin[0], end[1] - begin[1]) for begin, end in zip(stamps[::2], stamps[1::2], strict=True)]
-    return Timing(
-        prompt_tokens=prompt_tokens,
-        context_tokens=prompt_tokens + steps // 2,
-        step_seconds=statistics.median(after - before for before, after in pairwise(clock.times)),
-        inside_seconds=statistics.median(inside for inside, _ in passes[1:]),
-        wait_seconds=statistics.median(wait for _, wait in passes[1:]),
-        prefill_seconds=clock.prompt_seconds,
-        prefill_wait_seconds=passes[0][1],
-    )
+_RUN_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a trial found: the placement it was loaded with, and one timing for each prompt."""
+    """What a trial found: the placement it was loaded with, one timing for each prompt, and the disk right after.
+
+    disk: None if nothing was streamed.
+    """
 
     tiers: tuple[Tier, ...]
     depth: int
     timings: tuple[Timing, ...]
+    disk: DiskRate | None = None
 
 
 def run_trial(
@@ -132,7 +61,8 @@ def run_trial(
     }
     answer = _ask(request)
     timings = tuple(Timing(**timing) for timing in answer["timings"])
-    return Trial(tuple(answer["tiers"]), answer["depth"], timings)
+    disk = None if answer["disk"] is None else DiskRate(**answer["disk"])
+    return Trial(tuple(answer["tiers"]), answer["depth"], timings, disk)
 
 
 def run_measurement(directory: Path) -> Machine:
@@ -184,10 +114,13 @@ def _command(argv: list[str]) -> None:
     timings = [
         time_decode(model, prompt, max(2, min(steps, context_tokens - prompt - 1)), batch_size) for prompt in prompts
     ]
+    disk = None
+    if executor.slots is not None:
+        executor.slots.reset()
+        disk = time_disk(executor.streamed_blobs, executor.reader, executor.slots.arenas[0])
     executor.close()
     placement = executor.placement
-    answer = {"tiers": placement.tiers, "depth": placement.depth, "timings": [asdict(timing) for timing in timings]}
-    print(json.dumps(answer))
+    print(json.dumps(asdict(Trial(placement.tiers, placement.depth, tuple(timings), disk))))
 
 
 def _costs(values: dict[str, Any]) -> Costs:
