@@ -22,7 +22,7 @@ Axes in names: B batch, H query heads, K key heads, N new tokens or queries, T t
 
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -212,3 +212,12 @@ def dequantize_blocks(
         value = block.value_codes[:, :, :held].float() * block.value_scale[:, :, :held, None].float()
         values[:, :, start : start + held] = value
     return keys, values
+
+
+def select_sequences(block: KVBlock, indices: Tensor) -> KVBlock:
+    """Return a new block of the sequences `indices`, int64 [batch of the new one], as beams and batches ask for."""
+    shape = replace(block.shape, batch=len(indices))
+    chosen = KVBlock(shape, torch.empty(shape.nbytes, dtype=torch.uint8, device=block.memory.device))
+    for part in ("key_codes", "value_codes", "key_scale", "value_scale"):
+        torch.index_select(getattr(block, part), 0, indices, out=getattr(chosen, part))
+    return chosen
