@@ -31,7 +31,7 @@ def append_tokens_cpu(
     level: int | None = None,
 ) -> None:
     """Do what `kernels.kv_block.write_tokens` does, bit for bit. level: see `dequant_matmul_cpu`."""
-    context = _context(blocks, start, key_offset)
+    context = context_struct(blocks, start, key_offset)
     level = cpu_level() if level is None else level
     keys, values = _rows(key_BKND), _rows(value_BKND)
     _library().int4_kv_append(level, torch.get_num_threads(), context, keys, values, key_BKND.shape[2])
@@ -53,7 +53,7 @@ class CompiledAttention:
         self._mask = None if mask is None else mask.expand(-1, 1, queries, context.tokens).contiguous()
         shared = self._mask is None or self._mask.shape[0] == 1
         self._job = _Job(
-            _context(context.blocks, context.tokens, None),
+            context_struct(context.blocks, context.tokens, None),
             _rows(self._query),
             heads,
             queries,
@@ -108,7 +108,8 @@ class _Job(ctypes.Structure):
     ]
 
 
-def _context(blocks: KVBlocks, tokens: int, key_offset: Tensor | None) -> _Context:
+def context_struct(blocks: KVBlocks, tokens: int, key_offset: Tensor | None) -> ctypes.Structure:
+    """Return the first `tokens` tokens of blocks as the compiled kernels take them, valid while those live."""
     shape: BlockShape = blocks.shape
     sizes = _Shape(shape.batch, shape.key_heads, shape.key_dim, shape.value_dim)
     offset = None if key_offset is None else key_offset.data_ptr()

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.cpu_attention import context_struct
 from kernels.cpu_matmul import compiled_library, cpu_level
+from kernels.kv_block import KVBlocks
 from kernels.matmul import Mode
 from kernels.packed import PackedWeight
 
@@ -127,6 +129,37 @@ class CompiledLayer:
         )
         return out
 
+    def step_int8(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        blocks: KVBlocks,
+        tokens: int,
+        key_offset: Tensor | None = None,
+        mode: Mode = "fast",
+        level: int | None = None,
+    ) -> Tensor:
+        """Do what `step` does over 8-bit keys and values of one sequence, which have room for one token more.
+
+        blocks, tokens, key_offset: as of a `KVContext` before this token.
+        """
+        out = torch.empty_like(hidden)
+        library, self._struct.rotary = _library(), cos.shape[-1]
+        library.int4_decode_blocks(
+            cpu_level() if level is None else level,
+            torch.get_num_threads(),
+            mode == "exact",
+            self._address,
+            hidden.data_ptr(),
+            _DTYPES[hidden.dtype],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            ctypes.byref(context_struct(blocks, tokens, key_offset)),
+            out.data_ptr(),
+        )
+        return out
+
 
 class _Weight(ctypes.Structure):
     _fields_ = [
@@ -184,6 +217,8 @@ def _library() -> ctypes.CDLL:
     arguments += [pointer, pointer, pointer, pointer, integer, long, long, pointer]
     library.int4_decode.argtypes = arguments
     library.int4_decode.restype = None
+    library.int4_decode_blocks.argtypes = [*arguments[:6], pointer, pointer, pointer, pointer]
+    library.int4_decode_blocks.restype = None
     return library
 
 

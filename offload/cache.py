@@ -35,7 +35,7 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, key_offset: Tensor | None = None, direct: bool = False) -> None:
         super().__init__()
         self.tokens = 0
-        self._key_offset, self._direct = key_offset, direct
+        self.key_offset, self._direct = key_offset, direct
         self._blocks: KVBlocks | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -49,15 +49,17 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         """Add N tokens, [B, K, N, D]; return all there are, or stand-ins of that shape if `direct`."""
         if self._blocks is None:
             self.lazy_initialization(key_states, value_states)
-        context = self.append(key_states, value_states)
+        self.make_room(key_states.shape[2])
+        append_tokens(self.blocks, self.tokens, key_states, value_states, self.key_offset)
+        self.tokens += key_states.shape[2]
+        context = self.context
         return _stand_ins(context, self.dtype) if self._direct else dequantize_blocks(context, self.dtype)
 
-    def append(self, key_BKND: Tensor, value_BKND: Tensor) -> KVContext:
-        """Add tokens to an initialised layer and return what there is to attend to."""
-        self._make_room(key_BKND.shape[2])
-        append_tokens(self.blocks, self.tokens, key_BKND, value_BKND, self._key_offset)
-        self.tokens += key_BKND.shape[2]
-        return self.context
+    def make_room(self, tokens: int) -> None:
+        """Let an initialised layer have blocks for so many tokens more."""
+        shape = self.blocks.shape
+        while len(self.blocks) * BLOCK_TOKENS < self.tokens + tokens:
+            self.blocks.append(KVBlock(shape, torch.empty(shape.nbytes, dtype=torch.uint8, device=self.device)))
 
     @property
     def blocks(self) -> KVBlocks:
@@ -68,7 +70,7 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def context(self) -> KVContext:
         """All tokens held, at least one."""
-        return KVContext(self.blocks, self.tokens, self._key_offset)
+        return KVContext(self.blocks, self.tokens, self.key_offset)
 
     @property
     def nbytes(self) -> int:
@@ -133,11 +135,6 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def prefetch(self) -> None:
         """Do nothing, see `offload`."""
-
-    def _make_room(self, tokens: int) -> None:
-        shape = self.blocks.shape
-        while len(self.blocks) * BLOCK_TOKENS < self.tokens + tokens:
-            self.blocks.append(KVBlock(shape, torch.empty(shape.nbytes, dtype=torch.uint8, device=self.device)))
 
 
 class KVCache(DynamicCache):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import Cache
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
+from offload.cache import Int8Layer
 from offload.clock import Clock
 from offload.errors import InputError, ResourceError
 from offload.sampling import Sampling
@@ -148,13 +149,16 @@ def _complete_tokens(cache: Cache | None, interrupted: bool) -> int:
     other kinds of layers it leaves half done cannot be told, so nothing of them is kept.
     """
     layers = [] if cache is None else [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
-    if interrupted and not all(type(layer) is DynamicLayer and _is_whole(layer) for layer in layers):
+    if interrupted and not all(_is_whole(layer) for layer in layers):
         return 0
     return min((int(layer.get_seq_length()) for layer in layers), default=0)
 
 
 def _is_whole(layer: Any) -> bool:
-    return bool(layer.is_initialized and layer.keys.shape[:-1] == layer.values.shape[:-1])
+    if isinstance(layer, Int8Layer):  # counts a token once its key and its value are written
+        return True
+    whole = type(layer) is DynamicLayer and layer.is_initialized
+    return bool(whole and layer.keys.shape[:-1] == layer.values.shape[:-1])
 
 
 def _cut_back(cache: Cache, length: int) -> Cache | None:

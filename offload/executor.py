@@ -5,7 +5,9 @@ weights are attached, views of the memory they were read into, and just after th
 model is touched, so `generate()`, beams, streamers and assisted decoding work on it as on any other.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,31 +16,34 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
-from kernels.packed import codes_per_word
-from offload.checkpoint import Checkpoint, LayerBlob, describe_difference
+from offload.cache import KVCache, use_int8_attention
+from offload.checkpoint import Checkpoint, LayerBlob
 from offload.checksums import verify
 from offload.embedding import DiskEmbedding
-from offload.errors import CheckpointError, ResourceError, UsageError
+from offload.errors import ResourceError, UsageError
 from offload.expert_cache import ExpertCache
 from offload.experts import Experts
 from offload.fused import fuse
 from offload.head import StreamedHead, verify_head
-from offload.layer_view import PACKED, SCALE, SHAPE, ZERO, LayerView, layer_view
+from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, trim_memory
+from offload.model_tensors import check_tensors, replace_linears
 from offload.names import checkpoint_in_model
 from offload.planning.choice import plan
 from offload.planning.needs import count_needs
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
-from offload.planning.wishes import Wishes, WishWords, flag
+from offload.planning.wishes import KVFormat, Wishes, WishWords, flag
 from offload.read_queue import ReadQueue, read_blob
 from offload.skeleton import build_skeleton, read_config
 from offload.transfer import Slots
 from offload.units import Units, without
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ def load(
 
     context_tokens: keys and values to leave room for, of each of batch_size sequences. dtype: of activations and of
     what is not quantized; None for the source's. mode: see `dequant_matmul`. costs: to plan by; None plans by sizes
-    alone. poison: fill freed slots with NaN, for tests. words: where layers are to live, see WishWords.
+    alone. poison: fill freed slots with NaN, for tests. words: where layers are to live, and how keys and values are
+    kept, see WishWords; `new_cache` makes a cache that keeps them so.
     Raises CheckpointError if a file is not what it should be, ResourceError if a budget is too small or a GPU is asked
     for, UsageError for wishes that contradict each other.
     """
@@ -77,7 +83,7 @@ def load(
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
     checkpoint = checkpoint_in_model(checkpoint, model)
-    names = _replace_linears(model, checkpoint, mode)
+    names = replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]
     units = Units.of(model, checkpoint)
@@ -92,6 +98,7 @@ def load(
         context_tokens=context_tokens,
         batch_size=batch_size,
         chunk_tokens=prefill_chunk_tokens,
+        kv=wishes.kv,
     )
     executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison)
     try:
@@ -106,6 +113,9 @@ def load(
         executor.close()
         raise
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
+    if wishes.kv == "int8" and not use_int8_attention(model):
+        _log.warning("%s: its attention takes no int8 keys; they are widened at every step", type(model).__name__)
+    executor.kv = wishes.kv
     model._streaming = executor
     model.hf_device_map = {"": "cpu"} | {
         blob.module: "disk" if tier == "disk" else "cpu"
@@ -132,6 +142,17 @@ def _canonical_strides(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[
     (measured with torch 2.13: 83 ms and 54 MiB against 8 ms and none).
     """
     return (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
+
+
+def new_cache(model: PreTrainedModel) -> Cache | None:
+    """Return an empty cache for a model that `load` made, of the format it was asked for.
+
+    None for a model that keeps its past in another way than transformers' caches.
+    """
+    taken = inspect.signature(model.forward).parameters
+    if "past_key_values" not in taken or not model._supports_default_dynamic_cache():
+        return None
+    return KVCache(model.config) if executor_of(model).kv == "int8" else DynamicCache(config=model.config)
 
 
 def executor_of(model: PreTrainedModel) -> "Executor":
@@ -162,6 +183,7 @@ class Executor:
             self.slots = Slots(self.streamed_blobs, placement.depth, self.queue, poison)
         self._views: dict[tuple[int, int], LayerView] = {}
         self._embedding: DiskEmbedding | None = None
+        self.kv: KVFormat | None = None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -285,58 +307,3 @@ class Executor:
         assert self.slots is not None, "only streamed layers have this hook"
         self._attached.detach()
         self.slots.release(position)
-
-
-def _replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:
-    """Put a PackedLinear where the checkpoint holds a packed weight; return their names."""
-    names = [name.removesuffix(PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(PACKED)]
-    modules = dict(model.named_modules())
-    for name in names:
-        linear = modules.get(name)
-        if type(linear) is not nn.Linear:
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name!r} is packed, but no linear layer of {type(model).__name__}"
-            )
-        bits, has_bias = checkpoint.recipe.bits_of(name), linear.bias is not None
-        packed = PackedLinear(linear.in_features, linear.out_features, has_bias, model.dtype, bits, mode)
-        model.set_submodule(name, packed)
-    return names
-
-
-def check_tensors(model: PreTrainedModel, checkpoint: Checkpoint, packed: Sequence[str]) -> None:
-    """Demand exactly the tensors the model has, each of its shape and a fitting dtype. Raises CheckpointError."""
-    expected = _expected_tensors(model, checkpoint, packed)
-    found = {name: (blob, spec) for blob in checkpoint.blobs for name, spec in blob.tensors.items()}
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    if set(found) | tied != set(expected) | tied:
-        difference = describe_difference(set(found) - tied, set(expected) - tied, "by the configuration")
-        raise CheckpointError(f"{checkpoint.directory}: {difference}")
-    for name, (blob, spec) in found.items():
-        shape, dtypes = expected[name]
-        if spec.shape != shape or spec.dtype not in dtypes:
-            wanted = " or ".join(str(dtype) for dtype in dtypes)
-            raise CheckpointError(
-                f"{blob.path}: tensor {name!r} is {spec.dtype} {list(spec.shape)}, expected {wanted} {list(shape)}"
-            )
-        if blob.module and not name.startswith(f"{blob.module}."):
-            raise CheckpointError(f"{blob.path}: tensor {name!r} is not of layer {blob.module!r}")
-
-
-def _expected_tensors(
-    model: PreTrainedModel, checkpoint: Checkpoint, packed: Sequence[str]
-) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        name: (tuple(tensor.shape), floats if tensor.is_floating_point() else (tensor.dtype,))
-        for name, tensor in model.state_dict().items()
-    }
-    for name in packed:
-        linear = model.get_submodule(name)
-        rows, inputs = int(linear.out_features), int(linear.in_features)
-        groups, per_word = inputs // (checkpoint.recipe.group_size or inputs), codes_per_word(linear.bits)
-        expected[name + PACKED] = ((rows, inputs // per_word), (torch.int32,))
-        expected[name + SCALE] = ((rows, groups), (torch.bfloat16, torch.float16))
-        expected[name + SHAPE] = ((2,), (torch.int64,))
-        if not checkpoint.recipe.symmetric:
-            expected[name + ZERO] = ((-(-rows // per_word), groups), (torch.int32,))
-    return expected

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer, DecoderLayer, Projection
+from offload.cache import Int8Layer
 from offload.linear import PackedLinear
 
 _log = logging.getLogger(__name__)
@@ -37,14 +38,20 @@ class FusedLayer:
         self._compiled: dict[int, CompiledLayer] = {}  # by the weight that is attached, which tells the slot
         layer.forward = self._forward
 
-    def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DynamicLayer) -> Tensor:
+    def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DynamicLayer | Int8Layer) -> Tensor:
         """Return the output [1, 1, hidden] for one token, appending to the cache."""
         compiled = self._compiled.get(id(self._output.packed))
         if compiled is None:
             compiled = self._compiled[id(self._output.packed)] = CompiledLayer(decoder_layer(self.layer))
-        keys, values, tokens = _with_room(cache)
-        out = compiled.step(hidden.flatten(), cos.flatten(), sin.flatten(), keys, values, tokens, self._output.mode)
-        cache.keys, cache.values = keys[None, :, : tokens + 1], values[None, :, : tokens + 1]
+        inputs, mode = (hidden.flatten(), cos.flatten(), sin.flatten()), self._output.mode
+        if isinstance(cache, Int8Layer):
+            cache.make_room(1)
+            out = compiled.step_int8(*inputs, cache.blocks, cache.tokens, cache.key_offset, mode)
+            cache.tokens += 1
+        else:
+            keys, values, tokens = _with_room(cache)
+            out = compiled.step(*inputs, keys, values, tokens, mode)
+            cache.keys, cache.values = keys[None, :, : tokens + 1], values[None, :, : tokens + 1]
         return out.view(1, 1, -1)
 
     def _forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -54,7 +61,7 @@ class FusedLayer:
         cos, sin = options["position_embeddings"]
         return self.step(hidden_states, cos, sin, cache)
 
-    def _cache(self, hidden: Tensor, options: dict[str, Any]) -> DynamicLayer | None:
+    def _cache(self, hidden: Tensor, options: dict[str, Any]) -> DynamicLayer | Int8Layer | None:
         """Return the layer's cache if this call is one token of one sequence behind others, else None."""
         if hidden.dim() != _HIDDEN_BNH or hidden.shape[:2] != (1, 1) or options.get("attention_mask") is not None:
             return None
@@ -64,7 +71,9 @@ class FusedLayer:
         layers = getattr(options.get("past_key_values"), "layers", ())
         if angles is None or angles[0].dtype != hidden.dtype or self._index >= len(layers):
             return None
-        cache: DynamicLayer = layers[self._index]
+        cache: DynamicLayer | Int8Layer = layers[self._index]
+        if isinstance(cache, Int8Layer):
+            return cache if cache.batch_size == 1 and cache.dtype == hidden.dtype else None
         if type(cache) is not DynamicLayer or not cache.is_initialized:
             return None
         return cache if cache.keys.shape[:1] == (1,) and cache.keys.dtype == hidden.dtype else None

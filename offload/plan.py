@@ -128,6 +128,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
         context_tokens=options.context,
         batch_size=options.batch,
         chunk_tokens=PREFILL_TOKENS,
+        kv=wishes.kv,
     )
     if wishes.gpu_word is None:
         plan(needs, wishes)

@@ -1,16 +1,15 @@
 """What generate and chat share: a tokenizer with its template, and the streamed model."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
-from offload.executor import Executor, executor_of, load
+from offload.executor import Executor, executor_of, load, new_cache
 from offload.planning.costs import recall_costs
 from offload.planning.wishes import WishWords
 from offload.sampling import Sampling
@@ -93,10 +92,7 @@ class Session:
 
     def new_cache(self) -> Cache | None:
         """Return an empty cache that `generate` fills, None for a model that keeps its past in another way."""
-        taken = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in taken or not self.model._supports_default_dynamic_cache():
-            return None
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return new_cache(self.model)
 
     @torch.inference_mode()
     def generate(
@@ -112,6 +108,8 @@ class Session:
 
         cache: keys and values of the first of the tokens, extended in place. more: for transformers' `generate()`.
         """
+        if cache is None and self.executor.kv is not None:
+            cache = self.new_cache()
         if cache is not None:
             more["past_key_values"] = cache
         cached = 0 if cache is None else cache.get_seq_length()

@@ -1,5 +1,6 @@
 """One token through one layer in one call, against an independent float64 layer; NaN lies behind the cache's end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,6 +9,16 @@ from torch import Tensor
 
 from kernels.cpu_matmul import LEVELS, compiled_library, cpu_level
 from kernels.decoder import CompiledLayer, DecoderLayer, Projection
+from kernels.kv_block import (
+    BLOCK_TOKENS,
+    BlockShape,
+    KVBlock,
+    KVBlocks,
+    KVContext,
+    dequantize_blocks,
+    quantize_tokens,
+    write_tokens,
+)
 from kernels.packed import dequantize, pack
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no compiled kernels")
@@ -112,8 +123,17 @@ def random_inputs(case: Case) -> Inputs:
     )
 
 
-def naive_step(layer: DecoderLayer, inputs: Inputs, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer by its definition, in `dtype`: output, keys and values [key_heads, tokens + 1, head_dim]."""
+def naive_step(
+    layer: DecoderLayer,
+    inputs: Inputs,
+    tokens: int,
+    dtype: torch.dtype,
+    cached: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer by its definition, in `dtype`: output, keys and values [key_heads, tokens + 1, head_dim].
+
+    cached: what a cache makes of new keys, or values; None: rounds them to its dtype.
+    """
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + layer.norm_epsilon).sqrt() * weight.to(dtype)
@@ -134,7 +154,8 @@ def naive_step(layer: DecoderLayer, inputs: Inputs, tokens: int, dtype: torch.dt
     sizes = [n * layer.head_dim for n in (layer.heads, layer.key_heads, layer.key_heads)]
     q, k, v = (part.view(-1, layer.head_dim) for part in times(norm(x, layer.input_norm), *layer.qkv).split(sizes))
     q, k = (y if w is None else norm(y, w) for y, w in ((q, layer.query_norm), (k, layer.key_norm)))
-    rounded = [new.to(inputs.keys.dtype).to(dtype)[:, None] for new in (rotated(k), v)]
+    keep = cached or (lambda new: new.to(inputs.keys.dtype))
+    rounded = [keep(new).to(dtype)[:, None] for new in (rotated(k), v)]
     keys = torch.cat((inputs.keys[:, :tokens].to(dtype), rounded[0]), 1)
     values = torch.cat((inputs.values[:, :tokens].to(dtype), rounded[1]), 1)
     shared = layer.heads // layer.key_heads
@@ -165,6 +186,38 @@ def test_exact_step_equals_the_float64_layer(case: Case, level: int) -> None:
         error = 2 * (in_single[:, case.tokens] - new).abs().max() + torch.finfo(case.dtype).eps * new.abs().max()
         assert (found[:, case.tokens].double() - new).abs().max() <= error
         assert found[:, case.tokens + 1 :].isnan().all()
+
+
+@pytest.mark.parametrize("level", LEVEL_NUMBERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_step_over_8_bit_blocks_equals_the_float64_layer(case: Case, level: int) -> None:
+    layer, inputs = random_layer(case), random_inputs(case)
+    tokens, shape = case.tokens, BlockShape(1, case.key_heads, case.head_dim, case.head_dim)
+    offset = torch.randn(case.key_heads, case.head_dim)
+    count = tokens // BLOCK_TOKENS + 1
+    memory = [torch.full((shape.nbytes,), 0xFF, dtype=torch.uint8) for _ in range(count)]
+    blocks = KVBlocks(shape, (KVBlock(shape, one) for one in memory))
+    if tokens:
+        write_tokens(blocks, 0, inputs.keys[None, :, :tokens], inputs.values[None, :, :tokens], offset)
+        keys, values = dequantize_blocks(KVContext(blocks, tokens, offset))
+        inputs = replace(inputs, keys=keys[0], values=values[0])
+
+    def truth(dtype: torch.dtype) -> Tensor:
+        offsets = iter((offset, torch.zeros(()), offset, torch.zeros(())))
+
+        def cached(new: Tensor) -> Tensor:
+            less = next(offsets)
+            codes, scale = quantize_tokens((new - less)[None, :, None])
+            return (codes.float() * scale.float()[..., None])[0, :, 0] + less
+
+        return naive_step(layer, inputs, tokens, dtype, cached)[0]
+
+    expected = truth(torch.float64)
+    out = CompiledLayer(layer).step_int8(inputs.hidden, inputs.cos, inputs.sin, blocks, tokens, offset, "exact", level)
+    allowed = 2 * (truth(FP32).to(case.dtype).double() - expected).abs().max() + 2e-4 * expected.abs().max()
+    assert (out.double() - expected).abs().max() <= allowed
+    written, _ = dequantize_blocks(KVContext(blocks, tokens + 1, offset))
+    assert written.isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

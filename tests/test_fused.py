@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer
 from offload import fused
-from offload.executor import executor_of, load
+from offload.cache import KVCache
+from offload.executor import executor_of, load, new_cache
 from tests.test_executor import streamed
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no compiled kernels")
@@ -248,3 +249,56 @@ def test_a_cache_whose_beginning_was_dropped_is_taken_over_as_it_is(tiny_checkpo
         with torch.inference_mode():
             logits.append(model(token, past_key_values=cache, position_ids=torch.tensor([[10]])).logits)
     assert torch.equal(*logits)
+
+
+@torch.inference_mode()
+def decode_int8(model: PreTrainedModel, count: int = 70) -> Tensor:
+    cache = new_cache(model)
+    assert isinstance(cache, KVCache)
+    return decode(model, count, cache)
+
+
+@pytest.fixture
+def int8_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens before each fused step over int8 blocks that is run."""
+    counted: list[int] = []
+    step = CompiledLayer.step_int8
+
+    def counting(self: CompiledLayer, *arguments: Any) -> Tensor:
+        counted.append(arguments[4])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(CompiledLayer, "step_int8", counting)
+    return counted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_over_int8_keys_compute_what_the_modules_do(
+    family: str, tiny_model: Path, tmp_path: Path, int8_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = checkpoint_of(family, tmp_path, tiny_model, **FAMILIES[family])
+    words: dict[str, Any] = {"dtype": torch.float32, "mode": "exact", "kv": "int8"}
+    found = decode_int8(load(directory, **words))
+    assert int8_steps == [tokens for tokens in range(7, 76) for _ in range(3)]
+    expected = decode_int8(through_modules(monkeypatch, directory, **words))
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_streamed_decoding_over_int8_keys_equals_resident_whatever_interrupts_it(
+    tiny_checkpoint: Path, depth: int
+) -> None:
+    expected = decode_int8(load(tiny_checkpoint, kv="int8"), 10)
+    with streamed(tiny_checkpoint, depth, kv="int8") as model:
+        for position in range(3):
+            calls = iter(range(100))
+
+            def interrupt(*arguments: Any, calls: Any = calls) -> None:
+                if next(calls) == 2:
+                    raise KeyboardInterrupt
+
+            hook = executor_of(model).layers[position].register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                decode_int8(model, 10)
+            hook.remove()
+            assert torch.equal(decode_int8(model, 10), expected)

@@ -14,7 +14,7 @@ import torch
 from offload import live
 from offload.clock import Clock
 from offload.errors import UsageError
-from offload.executor import load
+from offload.executor import executor_of, load, new_cache
 from offload.generate import main
 from offload.limit import Limit
 from offload.live import Meter, StatusLine
@@ -43,6 +43,24 @@ def test_tokens_are_those_of_transformers_generate(
     assert report["new_tokens"] == expected.shape[1] - tokens.shape[1]
     assert report["limit"] == "memory"
     assert report["fraction"] > 0
+
+
+def test_int8_keys_and_values_take_half_of_the_plan_and_an_unknown_format_is_refused(
+    flags: list[str], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags, "--json", "--kv", "int8"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    model = load(tiny_checkpoint, kv="int8")
+    tokens = load_tokenizer(tiny_checkpoint)("The quick brown fox", return_tensors="pt").input_ids
+    given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(tokens, past_key_values=new_cache(model), **given)
+    assert report["text"] == load_tokenizer(tiny_checkpoint).decode(expected[0, tokens.shape[1] :], True)
+    wide, narrow = (load(tiny_checkpoint, context_tokens=512, kv=kv) for kv in (None, "int8"))
+    cache_bytes = [executor_of(each).placement.needs.cache_bytes for each in (wide, narrow)]
+    head_dim = model.config.head_dim
+    assert cache_bytes[1] == cache_bytes[0] * (head_dim + 2) / (2 * head_dim)
+    assert main([*flags, "--kv", "fp8"]) == 2
+    assert capsys.readouterr().err.endswith("error: --kv fp8: expected int8\n")
 
 
 def test_the_prediction_stands_beside_the_measurement(

@@ -1,5 +1,5 @@
 // One token through one decoder layer, in one call: what remains of a layer's time is what its weights take to be read.
-#include "decoder.h"
+#include "attention.h"
 
 #include <algorithm>
 #include <cmath>
@@ -27,15 +27,23 @@ struct Scratch {
     std::vector<float> residual, normed, wide, mixed, vector, angles, sums, tops, scales, group_sums;
     std::vector<int8_t> values;
     std::vector<int32_t> centres;
+    std::vector<uint8_t> workspace;
 };
+
+Scratch& scratch() {
+    static thread_local Scratch buffers;
+    return buffers;
+}
 
 class Step {
   public:
     Step(int level, int threads, bool exact, const DecoderLayer& layer, Scratch& buffers)
-        : products_(kernels(level)), lanes_(decoder_kernels(level)), threads_(threads), exact_(exact), layer_(layer),
-          buffers_(buffers) {}
+        : products_(kernels(level)), lanes_(decoder_kernels(level)), level_(level), threads_(threads), exact_(exact),
+          layer_(layer), buffers_(buffers) {}
 
-    void run(const Vector& hidden, const Vector& cos, const Vector& sin, const KeyValues& cache, void* out) {
+    // Past: KeyValues, or a KvContext of 8-bit blocks with room for one token more.
+    template <class Past>
+    void run(const Vector& hidden, const Vector& cos, const Vector& sin, const Past& past, void* out) {
         const int64_t mlp = layer_.down.weight.inputs, dim = layer_.head_dim;
         const int64_t queries = layer_.heads * dim, keys = layer_.key_heads * dim;
         resize(queries + 2 * keys, mlp);
@@ -43,8 +51,8 @@ class Step {
         normalize(layer_.input_norm, layer_.hidden, buffers_.residual.data(), buffers_.normed.data());
         product(layer_.qkv, 3, buffers_.normed.data(), buffers_.wide.data());
         rotate(cos, sin, buffers_.wide.data());
-        append(buffers_.wide.data() + queries, cache);
-        attend(buffers_.wide.data(), cache);
+        append(buffers_.wide.data() + queries, past);
+        attend(buffers_.wide.data(), past);
         add_product(layer_.output, buffers_.mixed.data());
         normalize(layer_.mlp_norm, layer_.hidden, buffers_.residual.data(), buffers_.normed.data());
         product(layer_.gate_up, 2, buffers_.normed.data(), buffers_.wide.data());
@@ -166,6 +174,20 @@ class Step {
         }
     }
 
+    void append(const float* keys, const KvContext& past) {
+        const int64_t dim = layer_.head_dim;
+        const Rows new_keys{keys, kFloat32, {0, dim, 0}}, new_values{keys + layer_.key_heads * dim, kFloat32, {0, dim, 0}};
+        append_tokens(level_, threads_, past, new_keys, new_values, 1);
+    }
+
+    void attend(const float* queries, const KvContext& past) {
+        AttentionJob job{past, {queries, kFloat32, {0, layer_.head_dim, 0}}, layer_.heads, 1, 1.0f, nullptr, 0};
+        ++job.context.tokens;
+        buffers_.workspace.resize(attention_workspace_bytes(past.shape, layer_.heads, 1, job.context.tokens));
+        attend_pieces(level_, threads_, job, 0, job.context.tokens, buffers_.workspace.data());
+        merge_pieces(level_, job, buffers_.workspace.data(), kFloat32, buffers_.mixed.data());
+    }
+
     // Attention by pieces of the context, merged in order: the result does not depend on the number of threads.
     void attend(const float* queries, const KeyValues& cache) {
         const int64_t dim = layer_.head_dim, group = layer_.heads / layer_.key_heads, tokens = cache.tokens + 1;
@@ -206,7 +228,7 @@ class Step {
 
     const Kernels& products_;
     const DecoderKernels& lanes_;
-    const int threads_;
+    const int level_, threads_;
     const bool exact_;
     const DecoderLayer& layer_;
     Scratch& buffers_;
@@ -225,7 +247,12 @@ void int4_decode(int level, int threads, int exact, const DecoderLayer* layer, c
                  const void* cos, const void* sin, void* keys, void* values, int cache_dtype, int64_t capacity,
                  int64_t tokens, void* out) {
     const KeyValues cache{static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values), cache_dtype, capacity, tokens};
-    static thread_local Scratch buffers;
-    Step(level, threads, exact != 0, *layer, buffers).run({hidden, dtype}, {cos, dtype}, {sin, dtype}, cache, out);
+    Step(level, threads, exact != 0, *layer, scratch()).run({hidden, dtype}, {cos, dtype}, {sin, dtype}, cache, out);
+}
+
+// The same over 8-bit blocks, of one sequence, which have room for one token more.
+void int4_decode_blocks(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
+                        const void* cos, const void* sin, const KvContext* context, void* out) {
+    Step(level, threads, exact != 0, *layer, scratch()).run({hidden, dtype}, {cos, dtype}, {sin, dtype}, *context, out);
 }
 }

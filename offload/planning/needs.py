@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from kernels.kv_block import BLOCK_TOKENS, BlockShape
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.memory import own_memory_bytes, whole_pages
+from offload.planning.wishes import KVFormat
 from offload.units import Units
 
 CODE_BYTES = 180 << 20
@@ -92,17 +94,18 @@ def count_needs(
     batch_size: int,
     chunk_tokens: int,
     device_runtime_bytes: int = 0,
+    kv: KVFormat | None = None,
 ) -> Needs:
     """Return the needs of a checkpoint in this process, as it is before loading.
 
     units: what of it can be had apart. element_bytes: of activations, keys and values, and of what is not quantized.
-    chunk_tokens: tokens of each sequence in the largest pass.
+    chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for element_bytes.
     """
     fixed = sum(blob.nbytes for blob in checkpoint.blobs if not blob.module)
     return Needs(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
         fixed_bytes=int(fixed * element_bytes / 2),
-        cache_bytes=batch_size * cache_bytes(config, context_tokens, element_bytes),
+        cache_bytes=batch_size * cache_bytes(config, context_tokens, element_bytes, kv),
         activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens)),
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
@@ -130,15 +133,21 @@ def _table_bytes(blob: LayerBlob, name: str) -> int:
     return blob.tensors[name].nbytes
 
 
-def cache_bytes(config: PretrainedConfig, context_tokens: int, element_bytes: int) -> int:
-    """Return the bytes of keys and values of `context_tokens` tokens, all layers, for one sequence."""
+def cache_bytes(config: PretrainedConfig, context_tokens: int, element_bytes: int, kv: KVFormat | None = None) -> int:
+    """Return the bytes of keys and values of `context_tokens` tokens, all layers, for one sequence.
+
+    kv: of layers that attend to their whole past, in whole blocks; windows keep elements of `element_bytes`.
+    """
     text = config.get_text_config(decoder=True)
     query_heads = getattr(text, "num_attention_heads", None)
     if not query_heads:  # a recurrent model keeps a state of fixed size
         return 0
     heads = getattr(text, "num_key_value_heads", None) or query_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim * context_tokens * element_bytes)
+    count, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ()
+    whole = 0 if kv is None else kinds.count("full_attention") if kinds else count
+    blocks = BlockShape(1, heads, head_dim, head_dim).nbytes * -(-context_tokens // BLOCK_TOKENS)
+    return int(2 * (count - whole) * heads * head_dim * context_tokens * element_bytes) + whole * blocks
 
 
 def activation_bytes(config: PretrainedConfig, chunk_tokens: int) -> int:

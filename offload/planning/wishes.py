@@ -1,4 +1,4 @@
-"""What a user may ask of a placement, in the words of the field: accelerate's, FlexGen's, vLLM's and llama.cpp's.
+"""What a user may ask of where a model lives, in the words of the field: accelerate's, FlexGen's, vLLM's, llama.cpp's.
 
 All of them become one `Wishes`; two that cannot both be meant are refused with both names.
 """
@@ -15,19 +15,21 @@ from offload.errors import UsageError
 Device = Literal["gpu", "cpu", "disk"]
 DeviceMap = str | int | Mapping[str, str | int]
 Size = int | str
+KVFormat = Literal["int8"]
 
 _WHOLE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _GPU_SHARES = ("n_gpu_layers", "gpu_weights_percent", "cpu_offload_gb")
 
 
 class WishWords(TypedDict, total=False):
-    """Keywords of `offload.load` that decide where layers live; None stands for a wish that was not made.
+    """Keywords of `offload.load` that decide what lives where; None stands for a wish that was not made.
 
     cpu_memory: budget of the whole process, bytes or "8GiB". gpu_memory: budget on the GPU. max_memory: both of them as
     in accelerate, {"cpu": "60GiB", 0: "10GiB"}. device_map: "auto", "balanced", "balanced_low_0" (one GPU: all three
     spread what is kept between what is streamed), "sequential" (keep the first layers), or modules and their devices.
     gpu_weights_percent: share of the layers on the GPU (FlexGen). cpu_offload_gb: GiB of layers to leave in host memory
     (vLLM). n_gpu_layers: layers on the GPU, -1 for all (llama.cpp). slots: of the ring that disk is read into.
+    kv: "int8" for keys and values in 8 bits, else they are of the model's dtype.
     """
 
     cpu_memory: Size | None
@@ -38,6 +40,7 @@ class WishWords(TypedDict, total=False):
     cpu_offload_gb: float | None
     n_gpu_layers: int | None
     slots: int | None
+    kv: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Wishes:
     cpu_bytes, gpu_bytes: budgets, None for no limit and for no GPU. sequential: keep the first layers instead of
     spreading what is kept. devices: of modules by their name, None to choose; layers: the same of every decoder layer,
     once the model is known. gpu_layers, gpu_percent, cpu_offload_bytes: how much of the layers is to lie on the GPU or
-    beside it; at most one of the three is not None. slots: of the ring that disk is read into, None to choose.
+    beside it; at most one of the three is not None. slots: of the ring that disk is read into, None to choose. kv: of
+    keys and values, None for the model's dtype.
     """
 
     cpu_bytes: int | None = None
@@ -59,6 +63,7 @@ class Wishes:
     cpu_offload_bytes: int | None = None
     slots: int | None = None
     layers: tuple[Device, ...] | None = None
+    kv: KVFormat | None = None
 
     @classmethod
     def of(cls, words: WishWords) -> "Wishes":
@@ -76,6 +81,8 @@ class Wishes:
             raise _contradiction("device_map", shares[0], "both say which layers are on the GPU")
         if devices is not None and "gpu" in sizes and "gpu" not in dict(devices).values():
             raise _contradiction("device_map", "gpu_memory", "no module of the map is on the GPU")
+        if made.get("kv", "int8") != "int8":
+            raise UsageError(f"{flag('kv')} {made['kv']}: expected int8")
         return cls(
             sizes.get("cpu"),
             sizes.get("gpu"),
@@ -85,6 +92,7 @@ class Wishes:
             _bounded(made, "gpu_weights_percent", 0, 100),
             _in_bytes(_bounded(made, "cpu_offload_gb", 0, None)),
             _bounded(made, "slots", 1, 3, whole=True),
+            kv=made.get("kv"),
         )
 
     def on(self, modules: Collection[str], layers: Sequence[str]) -> "Wishes":
@@ -136,6 +144,7 @@ def add_wish_flags(parser: argparse.ArgumentParser) -> None:
     add("--cpu-offload-gb", type=float, metavar="GIB", help="GiB of layers to leave in host memory, as in vLLM")
     add("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU, -1 for all, as in llama.cpp")
     add("--slots", type=int, metavar="N", help="of the ring that disk is read into, 1 to 3; default: as planned")
+    add("--kv", metavar="FORMAT", help="int8: keys and values in half of their bytes; default: the model's dtype")
 
 
 def words_of(options: argparse.Namespace) -> WishWords:
