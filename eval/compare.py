@@ -10,10 +10,10 @@ from typing import Any
 from eval.ppl import (
     Perplexity,
     add_protocol_flags,
-    check_protocol,
     evaluate,
     load_for_evaluation,
     load_original,
+    protocol_of,
     rise,
     strict_json,
 )
@@ -50,7 +50,7 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "models.csv", help="results file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    check_protocol(options)
+    protocol = protocol_of(options)
     opened = [Checkpoint.open(directory) for directory in options.checkpoints]
     sources = {checkpoint.recipe.source for checkpoint in opened}
     if len(sources) > 1:
@@ -60,10 +60,10 @@ def _command(argv: list[str]) -> None:
     tokens = tokenize(text, load_tokenizer(source))
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     original, name, backend = load_original(source)
-    rows = [Row("original", size, evaluate(original, name, backend, tokens, text, options), None)]
+    rows = [Row("original", size, evaluate(original, name, backend, tokens, text, protocol), None)]
     for checkpoint in opened:
         model, backend = load_for_evaluation(checkpoint.directory, options.backend)
-        accuracy = evaluate(model, str(checkpoint.directory), backend, tokens, text, options, original)
+        accuracy = evaluate(model, str(checkpoint.directory), backend, tokens, text, protocol, original)
         del model
         streamed = _streamed_run(checkpoint.directory, options.cpu_memory, options.max_new_tokens)
         rows.append(Row(checkpoint.directory.name, checkpoint.nbytes, accuracy, streamed))

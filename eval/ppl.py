@@ -11,25 +11,24 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eval.likelihood import Divergence, Protocol, measure, standard_error
 from kernels.cpu_matmul import cpu_backend
+from offload.cache import use_int8_attention
 from offload.checkpoint import Checkpoint, is_checkpoint
-from offload.command import Parser, Progress, run, say
+from offload.command import Parser, run, say
 from offload.errors import InputError, UsageError
 from offload.executor import load
+from offload.planning.wishes import KVFormat
 from offload.source import DEFAULT_OUTPUT, resolve_model
 from offload.text import Text, load_text, load_tokenizer, tokenize
-
-_HEAD_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Perplexity:
     """A measurement and its protocol. nll and nll_stderr in nats a token; tokens: those scored, in all windows.
 
     kl: mean over them of KL(original || model), in nats; top1: the share of them whose likeliest token is the
-    original's. Both None where there is no original beside.
+    original's. Both None where there is no original beside. kv: see `Protocol`.
     """
 
     perplexity: float
@@ -56,92 +55,7 @@ class Perplexity:
     window_nll: tuple[float, ...]
     kl: float | None = None
     top1: float | None = None
-
-
-class Divergence:
-    """How far a model's predictions lie from those of the original, summed over tokens as they are scored."""
-
-    def __init__(self, original: PreTrainedModel) -> None:
-        self.original = original
-        self._kl, self._equal, self._tokens = 0.0, 0, 0
-
-    def add(self, logits: Tensor, expected: Tensor) -> None:
-        """Count tokens by the logits, float32 [tokens, V], of the model and of the original."""
-        self._kl += float(F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="sum", log_target=True))
-        self._equal += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-        self._tokens += len(logits)
-
-    @property
-    def kl(self) -> float:
-        """Mean KL(original || model) of a token, in nats."""
-        return self._kl / self._tokens
-
-    @property
-    def top1(self) -> float:
-        """Share of the tokens at which both find the same token likeliest."""
-        return self._equal / self._tokens
-
-
-@torch.inference_mode()
-def measure(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    window: int,
-    stride: int,
-    limit: int | None,
-    label: str,
-    beside: Divergence | None = None,
-) -> tuple[list[float], list[int]]:
-    """Return the mean negative log-likelihood, in nats, and the scored tokens of each window of tokens [T].
-
-    beside: counts the same tokens, if given; its original is then run on each window too. Raises InputError if the
-    text has not one window.
-    """
-    starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
-    if not starts:
-        raise InputError(
-            f"the text has {len(tokens)} tokens, not one window of {window}; use --window {len(tokens)} or less"
-        )
-    models = [model] if beside is None else [model, beside.original]
-    predictors = [_predictor(each, tokens[: min(window, 16)]) for each in models]
-    means, counts = [], []
-    progress = Progress(label, len(starts))
-    for start in starts:
-        window_T = tokens[start : start + window]
-        scored = window - 1 if start == 0 else min(stride, window - 1)
-        total = 0.0
-        targets = window_T[-scored:].split(_HEAD_CHUNK_TOKENS)
-        predictions = zip(*(predict(window_T, scored) for predict in predictors), strict=True)
-        for wanted, (logits, *expected) in zip(targets, predictions, strict=True):
-            total += float(F.cross_entropy(logits, wanted, reduction="sum"))
-            if beside is not None:
-                beside.add(logits, *expected)
-        means.append(total / scored)
-        counts.append(scored)
-        progress.advance(f"nll {sum(m * c for m, c in zip(means, counts, strict=True)) / sum(counts):.4f}")
-    return means, counts
-
-
-def _predictor(model: PreTrainedModel, probe: Tensor) -> Callable[[Tensor, int], Iterator[Tensor]]:
-    """Return a function that yields what predicts the last tokens of a window, float32 logits [at most 256, V] at once.
-
-    Logits of all positions exist only if they are more than the output embedding of the last hidden state, capped say.
-    """
-    body, head = model.base_model, model.get_output_embeddings()
-    head_is_all = torch.equal(
-        head(body(probe[None], use_cache=False).last_hidden_state), model(probe[None], use_cache=False).logits
-    )
-
-    def predict(window_T: Tensor, scored: int) -> Iterator[Tensor]:
-        predicting = slice(len(window_T) - 1 - scored, -1)
-        if head_is_all:
-            hidden = body(window_T[None], use_cache=False).last_hidden_state[0, predicting]
-            yield from (head(part).float() for part in hidden.split(_HEAD_CHUNK_TOKENS))
-        else:
-            logits = model(window_T[None], use_cache=False).logits[0, predicting]
-            yield from logits.float().split(_HEAD_CHUNK_TOKENS)
-
-    return predict
+    kv: KVFormat | None = None
 
 
 def evaluate(
@@ -150,20 +64,21 @@ def evaluate(
     backend: str,
     tokens: Tensor,
     text: Text,
-    options: Any,
+    protocol: Protocol,
     original: PreTrainedModel | None = None,
 ) -> Perplexity:
-    """Measure one model, beside the original if given, under the protocol of the command line.
+    """Measure one model, beside the original if given.
 
     Raises UsageError if it cannot read a whole window.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and options.window > longest:
-        raise UsageError(f"--window {options.window}: {name} reads at most {longest} tokens at once")
-    stride = options.stride or options.window
+    if longest is not None and protocol.window > longest:
+        raise UsageError(f"--window {protocol.window}: {name} reads at most {longest} tokens at once")
+    if protocol.kv is not None:
+        use_int8_attention(model)
     beside = None if original is None else Divergence(original)
     started = time.monotonic()
-    means, counts = measure(model, tokens, options.window, stride, options.limit_windows, f"{name}, window", beside)
+    means, counts = measure(model, tokens, protocol, f"{name}, window", beside)
     seconds = time.monotonic() - started
     nll = sum(m * c for m, c in zip(means, counts, strict=True)) / sum(counts)
     return Perplexity(
@@ -172,25 +87,19 @@ def evaluate(
         nll_stderr=standard_error(means),
         tokens=sum(counts),
         windows=len(means),
-        window=options.window,
-        stride=stride,
+        window=protocol.window,
+        stride=protocol.stride,
         text=text.name,
         text_sha256=text.sha256,
         model=name,
         backend=backend,
         seconds=round(seconds, 2),
-        tokens_per_second=round(len(means) * options.window / seconds, 1),
+        tokens_per_second=round(len(means) * protocol.window / seconds, 1),
         window_nll=tuple(means),
         kl=None if beside is None else beside.kl,
         top1=None if beside is None else beside.top1,
+        kv=protocol.kv,
     )
-
-
-def standard_error(values: list[float]) -> float:
-    """Return the standard error of the mean; NaN of a single value, which says nothing about its own spread."""
-    if len(values) < 2:
-        return math.nan
-    return float(torch.tensor(values, dtype=torch.float64).std() / math.sqrt(len(values)))
 
 
 def strict_json(value: Any) -> str:
@@ -236,14 +145,15 @@ def add_protocol_flags(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=["exact", "fast"], default="exact", help="activations of packed layers: float32, or int8")
 
 
-def check_protocol(options: argparse.Namespace) -> None:
-    """Raise UsageError unless the protocol's numbers make sense."""
+def protocol_of(options: argparse.Namespace) -> Protocol:
+    """Read the flags of `add_protocol_flags`. Raises UsageError unless the protocol's numbers make sense."""
     if options.window < 2:
         raise UsageError(f"--window {options.window}: expected at least 2")
     if options.stride is not None and not 1 <= options.stride <= options.window:
         raise UsageError(f"--stride {options.stride}: expected 1 to the window, {options.window}")
     if options.limit_windows is not None and options.limit_windows < 1:
         raise UsageError(f"--limit-windows {options.limit_windows}: expected at least 1")
+    return Protocol(options.window, options.stride or options.window, options.limit_windows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,11 +165,12 @@ def _command(argv: list[str]) -> None:
     parser = Parser("eval.ppl", "Measure a model's perplexity on a text.")
     parser.add_argument("-m", "--model", help="checkpoint, model directory or hub id; default: what quant.awq writes")
     add_protocol_flags(parser)
+    parser.add_argument("--kv", choices=["int8"], help="read each window through a cache of this format")
     parser.add_argument("--baseline", action="store_true", help="also measure the model the checkpoint was made from")
     parser.add_argument("--record", action="store_true", help="write the figures into the checkpoint's README.md")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    check_protocol(options)
+    protocol = replace(protocol_of(options), kv=options.kv)
     directory = default_model(options.model)
     text = load_text(options.text, "evaluation")
     tokens = tokenize(text, load_tokenizer(directory))
@@ -268,12 +179,12 @@ def _command(argv: list[str]) -> None:
         if given and not compressed:
             raise UsageError(f"{flag}: {directory} is not a checkpoint made from another model")
     model, backend = load_for_evaluation(directory, options.backend)
-    result = evaluate(model, str(directory), backend, tokens, text, options)
+    result = evaluate(model, str(directory), backend, tokens, text, protocol)
     baseline = None
     if options.baseline:
         del model
         source = resolve_model(Checkpoint.open(directory).recipe.source)
-        baseline = evaluate(*load_original(source), tokens, text, options)
+        baseline = evaluate(*load_original(source), tokens, text, replace(protocol, kv=None))
     if options.record:
         record(directory, result, baseline)
     _print(result, baseline, options.json)
@@ -297,6 +208,7 @@ def record(directory: Path, result: Perplexity, baseline: Perplexity | None) -> 
     before = card.read_text() if card.exists() else ""
     protocol = f"{result.text}, sha256 {result.text_sha256[:16]}, {result.windows} windows of {result.window}"
     protocol += "" if result.stride == result.window else f", stride {result.stride}"
+    protocol += "" if result.kv is None else f", keys and values in {result.kv}"
     line = f"- perplexity {result.perplexity:.3f} (nll {result.nll:.4f} ± {result.nll_stderr:.4f})"
     if baseline is not None:
         change, error = rise(result, baseline)
@@ -323,7 +235,8 @@ def _print(result: Perplexity, baseline: Perplexity | None, as_json: bool) -> No
         print(f"original   {baseline.perplexity:.3f}   nll {baseline.nll:.4f} ± {baseline.nll_stderr:.4f}")
         print(f"rise in nll {change:.4f} ± {error:.4f}, window by window")
     print(f"protocol   {result.text} (sha256 {result.text_sha256[:16]}), {result.windows} windows of {result.window}")
-    print(f"           stride {result.stride}, {result.tokens} tokens scored; {result.backend}, {result.seconds:.0f} s")
+    kv = "" if result.kv is None else f"keys and values in {result.kv}; "
+    print(f"           stride {result.stride}, {result.tokens} scored; {kv}{result.backend}, {result.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from typing import Any
 from eval.ppl import (
     Perplexity,
     add_protocol_flags,
-    check_protocol,
     evaluate,
     load_for_evaluation,
     load_original,
+    protocol_of,
     rise,
 )
 from eval.results import RESULTS, append, circumstances, command_line
@@ -39,7 +39,7 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--record", action="store_true", help="append the rows to the results file")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.csv", help="results file")
     options = parser.parse_args(argv)
-    check_protocol(options)
+    protocol = protocol_of(options)
     runs = read_runs(options.runs)
     checkpoints = [Checkpoint.open(run["output"]) for run in runs]
     sources = {checkpoint.recipe.source for checkpoint in checkpoints}
@@ -48,11 +48,11 @@ def _command(argv: list[str]) -> None:
     source = resolve_model(sources.pop())
     text = load_text(options.text, "evaluation")
     tokens = tokenize(text, load_tokenizer(source))
-    original = evaluate(*load_original(source), tokens, text, options)
+    original = evaluate(*load_original(source), tokens, text, protocol)
     rows = []
     for cost, checkpoint in zip(runs, checkpoints, strict=True):
         model, backend = load_for_evaluation(checkpoint.directory, options.backend)
-        accuracy = evaluate(model, str(checkpoint.directory), backend, tokens, text, options)
+        accuracy = evaluate(model, str(checkpoint.directory), backend, tokens, text, protocol)
         del model
         rows.append(_columns(checkpoint.recipe, cost, accuracy, original))
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if value != ""), flush=True)

@@ -8,7 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from eval.ppl import add_protocol_flags, check_protocol, evaluate, load_for_evaluation, load_original, rise, strict_json
+from eval.likelihood import Protocol
+from eval.ppl import add_protocol_flags, evaluate, load_for_evaluation, load_original, protocol_of, rise, strict_json
 from eval.report_facts import Accuracy, Report, describe, summary
 from eval.report_page import page
 from offload.checkpoint import Checkpoint
@@ -31,9 +32,9 @@ def _command(argv: list[str]) -> None:
     add_protocol_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    check_protocol(options)
+    protocol = protocol_of(options)
     checkpoint = Checkpoint.open(options.checkpoint)
-    report = describe(checkpoint, _accuracy(checkpoint, options) if options.measure else None)
+    report = describe(checkpoint, _accuracy(checkpoint, options, protocol) if options.measure else None)
     if options.html is not None:
         try:
             options.html.write_text(page(report), encoding="utf-8")
@@ -43,14 +44,14 @@ def _command(argv: list[str]) -> None:
     print(strict_json(asdict(report)) if options.json else _lines(report))
 
 
-def _accuracy(checkpoint: Checkpoint, options: argparse.Namespace) -> Accuracy:
+def _accuracy(checkpoint: Checkpoint, options: argparse.Namespace, protocol: Protocol) -> Accuracy:
     source = resolve_model(checkpoint.recipe.source)
     text = load_text(options.text, "evaluation")
     tokens = tokenize(text, load_tokenizer(source))
     original, name, backend = load_original(source)
-    before = evaluate(original, name, backend, tokens, text, options)
+    before = evaluate(original, name, backend, tokens, text, protocol)
     model, backend = load_for_evaluation(checkpoint.directory, options.backend)
-    after = evaluate(model, str(checkpoint.directory), backend, tokens, text, options, original)
+    after = evaluate(model, str(checkpoint.directory), backend, tokens, text, protocol, original)
     return Accuracy(before, after, *rise(after, before))
 
 

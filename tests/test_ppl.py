@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from eval import compare, ppl
-from eval.ppl import Divergence, Perplexity, load_for_evaluation, measure, record, standard_error, strict_json
+from eval.likelihood import Divergence, Protocol, measure, standard_error
+from eval.ppl import Perplexity, load_for_evaluation, record, strict_json
+from offload.cache import use_int8_attention
 from offload.checkpoint import Checkpoint
 from offload.errors import InputError
 from offload.text import load_text, tokenize
@@ -58,7 +60,7 @@ def test_it_equals_the_plain_computation(
     original: PreTrainedModel, tokens: Tensor, window: int, stride: int, limit: int | None
 ) -> None:
     expected = plain_nlls(original, tokens[:1100], window, stride, limit)
-    means, counts = measure(original, tokens[:1100], window, stride, limit, "tiny")
+    means, counts = measure(original, tokens[:1100], Protocol(window, stride, limit), "tiny")
     assert counts == [len(nlls) for nlls in expected]
     assert means == pytest.approx([float(np.mean(nlls)) for nlls in expected], rel=1e-5)
     assert max(means) - min(means) > 1e-3
@@ -66,9 +68,9 @@ def test_it_equals_the_plain_computation(
 
 def test_overlapping_windows_score_every_token_once(original: PreTrainedModel, tokens: Tensor) -> None:
     """With a stride, each token after the first is scored in exactly one window."""
-    _, counts = measure(original, tokens[:320], 64, 32, None, "tiny")
+    _, counts = measure(original, tokens[:320], Protocol(64, 32, None), "tiny")
     assert sum(counts) == 319
-    _, counts = measure(original, tokens[:320], 64, 64, None, "tiny")
+    _, counts = measure(original, tokens[:320], Protocol(64, 64, None), "tiny")
     assert sum(counts) == 320 - 5
 
 
@@ -85,9 +87,9 @@ def test_a_head_that_is_all_is_given_a_few_positions_at_a_time(
     model, _ = load_for_evaluation(tiny_model, "exact")
     expected = plain_nlls(model, tokens, 200, 200, 3)
     passes, rows = full_passes(model), []
-    monkeypatch.setattr("eval.ppl._HEAD_CHUNK_TOKENS", 48)
+    monkeypatch.setattr("eval.likelihood._HEAD_CHUNK_TOKENS", 48)
     model.get_output_embeddings().register_forward_hook(lambda head, x, y: rows.append(y.shape[-2]))
-    means, _ = measure(model, tokens, 200, 200, 3, "tiny")
+    means, _ = measure(model, tokens, Protocol(200, 200, 3), "tiny")
     assert means == pytest.approx([float(np.mean(nlls)) for nlls in expected], rel=1e-5)
     assert len(passes) == 1
     assert rows[-5:] == [48, 48, 48, 48, 7]
@@ -111,11 +113,11 @@ def test_a_soft_cap_on_the_logits_is_not_left_out(tokens: Tensor) -> None:
     model = Gemma2ForCausalLM(config).eval()
     expected = [float(np.mean(nlls)) for nlls in plain_nlls(model, tokens, 64, 32, 5)]
     passes = full_passes(model)
-    means, _ = measure(model, tokens, 64, 32, 5, "capped")
+    means, _ = measure(model, tokens, Protocol(64, 32, 5), "capped")
     assert means == pytest.approx(expected, rel=1e-5)
     assert len(passes) == 1 + 5
     model.config.final_logit_softcapping = None
-    uncapped, _ = measure(model, tokens, 64, 32, 5, "uncapped")
+    uncapped, _ = measure(model, tokens, Protocol(64, 32, 5), "uncapped")
     assert abs(uncapped[0] - means[0]) > 0.1
 
 
@@ -124,7 +126,7 @@ def test_a_checkpoint_is_measured_through_the_executor(tiny_checkpoint: Path, to
     assert backend.endswith("-exact")
     assert model.dtype == torch.float32
     expected = [float(np.mean(nlls)) for nlls in plain_nlls(model, tokens, 64, 64, 4)]
-    means, _ = measure(model, tokens, 64, 64, 4, "tiny")
+    means, _ = measure(model, tokens, Protocol(64, 64, 4), "tiny")
     assert means == pytest.approx(expected, rel=1e-5)
 
 
@@ -132,10 +134,10 @@ def test_the_divergence_equals_the_plain_computation(
     original: PreTrainedModel, tiny_checkpoint: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = load_for_evaluation(tiny_checkpoint, "exact")
-    monkeypatch.setattr("eval.ppl._HEAD_CHUNK_TOKENS", 48)
+    monkeypatch.setattr("eval.likelihood._HEAD_CHUNK_TOKENS", 48)
     beside = Divergence(original)
-    means, _ = measure(model, tokens, 64, 32, 3, "tiny", beside)
-    assert means == measure(model, tokens, 64, 32, 3, "tiny")[0]
+    means, _ = measure(model, tokens, Protocol(64, 32, 3), "tiny", beside)
+    assert means == measure(model, tokens, Protocol(64, 32, 3), "tiny")[0]
     divergences, equal = [], []
     for start, first in ((0, 0), (32, 31), (64, 31)):
         window_T = tokens[start : start + 64][None]
@@ -147,14 +149,14 @@ def test_the_divergence_equals_the_plain_computation(
     assert beside.top1 == np.mean(equal)
     assert 0 < beside.top1 < 1
     same = Divergence(original)
-    measure(original, tokens, 64, 64, 2, "tiny", same)
+    measure(original, tokens, Protocol(64, 64, 2), "tiny", same)
     assert (same.kl, same.top1) == (0, 1)
 
 
 def test_a_text_without_one_window(original: PreTrainedModel, tokens: Tensor) -> None:
     with pytest.raises(InputError, match="the text has 50 tokens, not one window of 64; use --window 50 or less"):
-        measure(original, tokens[:50], 64, 64, None, "tiny")
-    assert measure(original, tokens[:64], 64, 64, None, "tiny")[1] == [63]
+        measure(original, tokens[:50], Protocol(64, 64, None), "tiny")
+    assert measure(original, tokens[:64], Protocol(64, 64, None), "tiny")[1] == [63]
 
 
 def test_the_standard_error() -> None:
@@ -380,3 +382,25 @@ def test_a_streamed_run_that_fails_is_named(tiny_checkpoint: Path, calibration_t
     protocol = ["--text", str(calibration_text), "--window", "64", "--limit-windows", "2"]
     assert compare.main([str(tiny_checkpoint), *protocol, "--cpu-memory", "1MiB"]) == 1
     assert "error: offload.generate failed: error: --cpu-memory 1.0 MiB: too small" in capsys.readouterr().err
+
+
+def test_reading_through_an_int8_cache_is_the_same_but_for_its_rounding(
+    tiny_model: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of a window see what came before them, whether attention reads the blocks or is handed what they hold."""
+    monkeypatch.setattr("eval.likelihood._PREFILLED_TOKENS", 100)
+    model, _ = load_for_evaluation(tiny_model, "exact")
+    whole, _ = measure(model, tokens, Protocol(300, 300, 2), "whole")
+    handed, counts = measure(model, tokens, Protocol(300, 300, 2, "int8"), "handed")
+    assert use_int8_attention(model)
+    direct, _ = measure(model, tokens, Protocol(300, 300, 2, "int8"), "direct")
+    assert counts == [299, 299]
+    assert handed == pytest.approx(whole, rel=1e-3)
+    assert handed != whole
+    assert direct == pytest.approx(handed, rel=1e-5)
+
+
+def test_the_cache_is_part_of_the_protocol(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(tiny_checkpoint), "--window", "64", "--limit-windows", "3"]
+    assert ppl.main([*flags, "--kv", "int8"]) == 0
+    assert "scored; keys and values in int8; " in capsys.readouterr().out
