@@ -104,7 +104,7 @@ def _predictor(model: PreTrainedModel, probe: Tensor, kv: KVFormat | None) -> Ca
     )
 
     def read(window_T: Tensor) -> Tensor:
-        found, cache = [], None if kv is None else KVCache(model.config)
+        found, cache = [], None if kv is None else KVCache.of(model)
         steps = range(_PREFILLED_TOKENS, len(window_T), _STEP_TOKENS) if cache is not None else ()
         for start, stop in pairwise((0, *steps, len(window_T))):
             part = window_T[None, start:stop]

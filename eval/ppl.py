@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eval.likelihood import Divergence, Protocol, measure, standard_error
 from kernels.cpu_matmul import cpu_backend
+from kernels.matmul import Mode
 from offload.cache import use_int8_attention
 from offload.checkpoint import Checkpoint, is_checkpoint
 from offload.command import Parser, run, say
@@ -74,8 +75,6 @@ def evaluate(
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and protocol.window > longest:
         raise UsageError(f"--window {protocol.window}: {name} reads at most {longest} tokens at once")
-    if protocol.kv is not None:
-        use_int8_attention(model)
     beside = None if original is None else Divergence(original)
     started = time.monotonic()
     means, counts = measure(model, tokens, protocol, f"{name}, window", beside)
@@ -115,15 +114,17 @@ def strict_json(value: Any) -> str:
     return json.dumps(plain(value), allow_nan=False)
 
 
-def load_for_evaluation(directory: Path, mode: str) -> tuple[PreTrainedModel, str]:
-    """Return a model in float32, and the name of what multiplies its weights."""
+def load_for_evaluation(directory: Path, mode: str, kv: KVFormat | None = None) -> tuple[PreTrainedModel, str]:
+    """Return a model in float32, and the name of what multiplies its weights. kv: of the caches it is read with."""
     if is_checkpoint(directory):
         if mode not in ("exact", "fast"):
             raise UsageError(f"--backend {mode}: expected exact or fast")
-        return load(
-            directory, dtype=torch.float32, mode="exact" if mode == "exact" else "fast"
-        ), f"{cpu_backend()}-{mode}"
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), "torch-float32"
+        exact: Mode = "exact" if mode == "exact" else "fast"
+        return load(directory, dtype=torch.float32, mode=exact, kv=kv), f"{cpu_backend()}-{mode}"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    if kv is not None:
+        use_int8_attention(model)
+    return model, "torch-float32"
 
 
 def default_model(model: str | None) -> Path:
@@ -178,7 +179,7 @@ def _command(argv: list[str]) -> None:
     for flag, given in (("--baseline", options.baseline), ("--record", options.record)):
         if given and not compressed:
             raise UsageError(f"{flag}: {directory} is not a checkpoint made from another model")
-    model, backend = load_for_evaluation(directory, options.backend)
+    model, backend = load_for_evaluation(directory, options.backend, options.kv)
     result = evaluate(model, str(directory), backend, tokens, text, protocol)
     baseline = None
     if options.baseline:

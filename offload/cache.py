@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kernels.attention import append_tokens, attention
 from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock, KVBlocks, KVContext, dequantize_blocks, select_sequences
-from offload.errors import UsageError
+from offload.errors import CheckpointError, UsageError
 
 INT8_ATTENTION = "int8_kv"
 """What transformers knows the attention over int8 blocks by."""
@@ -42,6 +42,9 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         """Take the shape of a block, dtype and device from the first keys and values, [B, K, N, D]."""
         batch, key_heads, _, key_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
+        if self.key_offset is not None and self.key_offset.shape != (key_heads, key_dim):
+            found, expected = list(self.key_offset.shape), [key_heads, key_dim]
+            raise CheckpointError(f"offsets of keys {found}, expected {expected}; run `python -m quant.kv` again")
         self._blocks = KVBlocks(BlockShape(batch, key_heads, key_dim, value_states.shape[-1]))
         self.is_initialized = True
 
@@ -140,7 +143,8 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
 class KVCache(DynamicCache):  # type: ignore[misc]
     """A cache for `generate()` and `forward()` of a model of this configuration.
 
-    key_offsets: by the index of a layer, float32 [key_heads, key_dim]; see `python -m quant.kv`.
+    key_offsets: by the index of a layer, float32 [key_heads, key_dim]; see `python -m quant.kv`. Raises CheckpointError
+    with the first keys if an offset is of another shape.
     """
 
     def __init__(self, config: PretrainedConfig, key_offsets: Mapping[int, Tensor] | None = None) -> None:
@@ -150,17 +154,24 @@ class KVCache(DynamicCache):  # type: ignore[misc]
             if type(layer) is DynamicLayer:
                 self.layers[index] = Int8Layer((key_offsets or {}).get(index), direct)
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "KVCache":
+        """Return an empty cache with the offsets that `use_int8_attention` was given for a model."""
+        return cls(model.config, getattr(model, "_key_offsets", None))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all int8 blocks."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, Int8Layer))
 
 
-def use_int8_attention(model: PreTrainedModel) -> bool:
+def use_int8_attention(model: PreTrainedModel, key_offsets: Mapping[int, Tensor] | None = None) -> bool:
     """Let a model's attention read int8 blocks directly, where it is transformers' attention through torch.
 
-    Returns False, and leaves the model as it is, where it is not: caps on the scores, or an attention of its own.
+    Returns False, and leaves it as it is, where it is not: caps on the scores, or an attention of its own. key_offsets:
+    remembered for `KVCache.of`.
     """
+    model._key_offsets = key_offsets
     text = model.config.get_text_config(decoder=True)
     capped = getattr(text, "attn_logit_softcapping", None) is not None
     if text._attn_implementation == "sdpa" and not capped:

@@ -28,6 +28,7 @@ from offload.expert_cache import ExpertCache
 from offload.experts import Experts
 from offload.fused import fuse
 from offload.head import StreamedHead, verify_head
+from offload.kv_calibration import read_kv
 from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, trim_memory
@@ -83,6 +84,7 @@ def load(
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
     checkpoint = checkpoint_in_model(checkpoint, model)
+    key_offsets = {index: layer.key_offset for index, layer in read_kv(checkpoint).items()} if wishes.kv else {}
     names = replace_linears(model, checkpoint, mode)
     check_tensors(model, checkpoint, names)
     fixed = [blob for blob in checkpoint.blobs if not blob.module]
@@ -113,7 +115,7 @@ def load(
         executor.close()
         raise
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
-    if wishes.kv == "int8" and not use_int8_attention(model):
+    if wishes.kv == "int8" and not use_int8_attention(model, key_offsets):
         _log.warning("%s: its attention takes no int8 keys; they are widened at every step", type(model).__name__)
     executor.kv = wishes.kv
     model._streaming = executor
@@ -152,7 +154,7 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     taken = inspect.signature(model.forward).parameters
     if "past_key_values" not in taken or not model._supports_default_dynamic_cache():
         return None
-    return KVCache(model.config) if executor_of(model).kv == "int8" else DynamicCache(config=model.config)
+    return KVCache.of(model) if executor_of(model).kv == "int8" else DynamicCache(config=model.config)
 
 
 def executor_of(model: PreTrainedModel) -> "Executor":
