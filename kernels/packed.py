@@ -117,7 +117,10 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bit
     packed = torch.zeros(codes.shape[0], codes.shape[1] // per_byte, dtype=torch.uint8, device=codes.device)
     for i in range(per_byte):
         packed |= codes[:, i::per_byte].to(torch.uint8) << bits * i
-    packed_zero = None if zero is None else _pack_zero(zero, codes.shape[0], codes.shape[1] // group_size, bits)
+    expected = [codes.shape[0], codes.shape[1] // group_size]
+    if zero is not None and list(zero.shape) != expected:
+        raise ValueError(f"zero: expected {expected}, found {_describe(zero)}")
+    packed_zero = None if zero is None else pack_zero(zero, bits)
     return PackedWeight(packed, scale.contiguous(), packed_zero, group_size, bits)
 
 
@@ -140,12 +143,13 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     return values.view(weight.out_features, weight.in_features).to(dtype)
 
 
-def _pack_zero(zero: Tensor, rows: int, groups: int, bits: int) -> Tensor:
-    """Pack [N, K/G] zero points down the rows into int32 [ceil(N*B/32), K/G]; missing rows are 0."""
+def pack_zero(zero: Tensor, bits: int) -> Tensor:
+    """Pack zero points, integers [N, K/G], down the rows into int32 [ceil(N*B/32), K/G]; missing rows are 0.
+
+    Raises ValueError on a value out of range.
+    """
     _check_range("zero", zero, bits)
-    if zero.shape != (rows, groups):
-        raise ValueError(f"zero: expected {[rows, groups]}, found {_describe(zero)}")
-    per_word = codes_per_word(bits)
+    (rows, groups), per_word = zero.shape, codes_per_word(bits)
     words = -(-rows // per_word)
     padded = torch.zeros(words * per_word, groups, dtype=torch.int64, device=zero.device)
     padded[:rows] = zero.to(torch.int64)

@@ -1,0 +1,102 @@
+"""Packed weights of other tools, re-laid code by code as this toolkit's: nothing is dequantised, nothing rounded.
+
+    AWQ "gemm"   qweight int32 [K, N/8]: nibble i of word [k, c] is row n = 8c + (0 2 4 6 1 3 5 7)[i]; qzeros int32
+                 [K/G, N/8] likewise; scales [K/G, N]                  (AutoAWQ, awq/modules/linear/gemm.py)
+    GPTQ         qweight int32 [K*B/32, N]: code i of word [r, n] is input k = 32/B*r + i; qzeros int32 [K/G, N*B/32],
+                 packed along N, less one in version 1; scales [K/G, N]; g_idx int32 [K], the group of each input
+                                                                       (GPTQModel, nn_modules/qlinear/__init__.py)
+
+Both mean W[n, k] = (q[n, k] - z[n, g]) * s[n, g] for g the group of k, as here.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.packed import PackedWeight, codes_per_word, pack_zero, symmetric_zero
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_LOW_NIBBLES = 0x0F0F0F0F
+
+
+def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, symmetric: bool) -> PackedWeight:
+    """Return a weight [N, K] of AWQ's "gemm" layout, 4 bits. Raises ValueError if the tensors do not fit each other.
+
+    symmetric: store no zero points; raises ValueError if one is not the middle.
+    """
+    inputs, rows = qweight.shape[0], qweight.shape[1] * 8
+    groups = _groups(qzeros, scales, inputs, rows, rows // 8)
+    first, second = qweight.view(inputs // 2, 2, rows // 8).unbind(1)  # of two inputs, which share a byte here
+    low = first & _LOW_NIBBLES | (second & _LOW_NIBBLES) << 4
+    high = first >> 4 & _LOW_NIBBLES | second & ~_LOW_NIBBLES
+    codes = torch.empty(rows // 8, 8, inputs // 2, dtype=torch.uint8)
+    for part, places in ((low, _AWQ_ORDER[0::2]), (high, _AWQ_ORDER[1::2])):
+        turned = part.view(torch.uint8).t().contiguous().view(rows // 8, 4, inputs // 2)
+        for byte, place in enumerate(places):
+            codes[:, place] = turned[:, byte]
+    zero = torch.empty(rows, groups, dtype=torch.uint8)
+    for nibble, row in enumerate(_AWQ_ORDER):
+        zero[row::8] = (qzeros >> 4 * nibble & 15).t()
+    return _packed(codes.view(rows, inputs // 2), scales, zero, symmetric, 4)
+
+
+def from_gptq(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    *,
+    bits: int,
+    first_version: bool,
+    symmetric: bool,
+) -> tuple[PackedWeight, Tensor | None]:
+    """Return a weight [N, K] of GPTQ's layout, and the order of its inputs: column j holds input order[j], int64 [K].
+
+    The order is None where inputs of a group lie side by side already. first_version: zero points are stored less one.
+    symmetric: as in `from_awq`. Raises ValueError if the tensors do not fit each other.
+    """
+    per_word, mask = codes_per_word(bits), (1 << bits) - 1
+    inputs, rows = qweight.shape[0] * per_word, qweight.shape[1]
+    groups = _groups(qzeros, scales, inputs, rows, -(-rows // per_word))
+    codes = qweight.t().contiguous().view(torch.uint8)  # codes of a word in our order already
+    words = qzeros.t().contiguous()
+    zero = torch.stack([words >> bits * place & mask for place in range(per_word)], dim=1).flatten(0, 1)[:rows]
+    if first_version:
+        zero = zero + 1 & mask
+    order = None if g_idx is None else _order(g_idx, inputs, groups)
+    if order is not None:
+        codes = _reordered(codes, order, bits)
+    return _packed(codes, scales, zero, symmetric, bits), order
+
+
+def _reordered(codes: Tensor, order: Tensor, bits: int) -> Tensor:
+    """Return codes uint8 [N, K*B/8] with column j from column order[j]."""
+    if bits == 8:
+        return codes[:, order]
+    single = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, order]
+    return single[:, 0::2] | single[:, 1::2] << 4
+
+
+def _groups(qzeros: Tensor, scales: Tensor, inputs: int, rows: int, zero_words: int) -> int:
+    groups = scales.shape[0] if scales.dim() == 2 else 0
+    if scales.shape != (groups, rows) or qzeros.shape != (groups, zero_words) or groups == 0 or inputs % groups:
+        raise ValueError(
+            f"scales {list(scales.shape)} and qzeros {list(qzeros.shape)} do not fit {rows} rows of {inputs} inputs"
+        )
+    return groups
+
+
+def _order(g_idx: Tensor, inputs: int, groups: int) -> Tensor | None:
+    """Return the inputs group by group, None if that is their own order."""
+    counts = torch.bincount(g_idx.long().clamp(0, groups), minlength=groups)
+    if g_idx.shape != (inputs,) or not torch.equal(counts, torch.full((groups,), inputs // groups)):
+        raise ValueError(f"g_idx: expected {inputs} inputs in {groups} groups of one size")
+    order = torch.argsort(g_idx, stable=True)
+    return None if torch.equal(order, torch.arange(inputs)) else order
+
+
+def _packed(codes: Tensor, scales: Tensor, zero: Tensor, symmetric: bool, bits: int) -> PackedWeight:
+    middle, groups = symmetric_zero(bits), scales.shape[0]
+    if symmetric and not (zero == middle).all():
+        raise ValueError(f"zero points other than {middle} in a weight that is said to be symmetric")
+    group_size = codes.shape[1] * 8 // bits // groups
+    return PackedWeight(codes, scales.t().contiguous(), None if symmetric else pack_zero(zero, bits), group_size, bits)
