@@ -25,6 +25,7 @@ from kernels.matmul import Mode
 from offload.cache import use_int8_attention
 from offload.checkpoint import Checkpoint, is_checkpoint
 from offload.command import Parser, run, say
+from offload.convert import opened
 from offload.errors import InputError, UsageError
 from offload.executor import load
 from offload.planning.wishes import KVFormat
@@ -130,7 +131,7 @@ def load_for_evaluation(directory: Path, mode: str, kv: KVFormat | None = None) 
 def default_model(model: str | None) -> Path:
     """Return the directory of `--model`: what quant.awq writes by default without it."""
     if model is not None:
-        return resolve_model(model)
+        return opened(resolve_model(model))
     if not DEFAULT_OUTPUT.is_dir():
         raise InputError(f"{DEFAULT_OUTPUT}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
     return DEFAULT_OUTPUT

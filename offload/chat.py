@@ -16,6 +16,7 @@ from offload.source import DEFAULT_OUTPUT, cache_directory, check_made
 
 if TYPE_CHECKING:
     from offload.conversation import Conversation
+    from offload.convert import opened
     from offload.limit import Limit
     from offload.session import Session
 
@@ -101,7 +102,7 @@ def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
 
     trim_memory()
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    prompts = Prompts(options.model)
+    prompts = Prompts(opened(options.model))
     session = Session(prompts, min(options.context, prompts.longest_tokens), words)
     say(describe(session.executor.placement))
     if not prompts.has_template:

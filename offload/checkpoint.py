@@ -101,7 +101,10 @@ class Recipe:
         return WIDE_BITS if module in self.wide else self.bits
 
     def quantization_config(self) -> dict[str, Any]:
-        """Return config.json's `quantization_config`, in compressed-tensors' words."""
+        """Return config.json's `quantization_config`, in compressed-tensors' words.
+
+        Inputs in an order of their own are more than they can say: then the method is one that others refuse.
+        """
         weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
         if self.group_size is None:
             weights["strategy"] = "channel"
@@ -111,7 +114,7 @@ class Recipe:
         if self.wide:  # a module's own name goes before that of its class
             groups["group_1"] = {"targets": list(self.wide), "weights": {**weights, "num_bits": WIDE_BITS}}
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": "int4-offload" if self.settings.get("reordered") else "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,

@@ -22,6 +22,7 @@ from kernels.matmul import Mode
 from offload.cache import KVCache, use_int8_attention
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.checksums import verify
+from offload.convert import opened
 from offload.embedding import DiskEmbedding
 from offload.errors import ResourceError, UsageError
 from offload.expert_cache import ExpertCache
@@ -71,6 +72,8 @@ def load(
 ) -> PreTrainedModel:
     """Return the checkpoint in `directory` as a model that keeps the process within the budget `cpu_memory`.
 
+    Another tool's checkpoint is re-laid first, see `offload.convert`.
+
     context_tokens: keys and values to leave room for, of each of batch_size sequences. dtype: of activations and of
     what is not quantized; None for the source's. mode: see `dequant_matmul`. costs: to plan by; None plans by sizes
     alone. poison: fill freed slots with NaN, for tests. words: where layers are to live, and how keys and values are
@@ -80,7 +83,7 @@ def load(
     """
     wishes = Wishes.of(words)
     refuse_device(wishes)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(opened(Path(directory)))
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
     checkpoint = checkpoint_in_model(checkpoint, model)

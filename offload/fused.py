@@ -129,8 +129,8 @@ def decoder_layer(layer: Any) -> DecoderLayer:
 
 
 def _projection(linear: Any) -> Projection:
-    if not isinstance(linear, PackedLinear) or linear.packed is None:
-        raise ValueError("not a packed linear with its weight in memory")
+    if not isinstance(linear, PackedLinear) or linear.packed is None or linear.input_order is not None:
+        raise ValueError("not a packed linear with its weight in memory, its inputs in order")
     return Projection(linear.packed, linear.bias)
 
 

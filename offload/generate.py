@@ -115,13 +115,14 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
     from transformers import TextStreamer
 
     from offload.clock import Clock
+    from offload.convert import opened
     from offload.planning.placement import describe
     from offload.sampling import Sampling
     from offload.session import Prompts, Session
     from offload.trace import Trace
 
     trim_memory()
-    prompts = Prompts(options.model)
+    prompts = Prompts(opened(options.model))
     tokens = _encode(prompts, prompt, options)
     context = min(options.context or len(tokens) + options.max_new_tokens, prompts.longest_tokens)
     if len(tokens) + 1 > context:

@@ -13,7 +13,9 @@ from offload.linear import PackedLinear
 from offload.memory import Arena
 
 PACKED, SCALE, ZERO, SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
-"""What follows the name of a packed linear in the names of its tensors."""
+ORDER = ".input_order"
+"""What follows the name of a packed linear in the names of its tensors. The order of inputs is there where a checkpoint
+of another tool has reordered them."""
 
 
 @dataclass(frozen=True, slots=True)

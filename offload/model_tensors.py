@@ -10,13 +10,14 @@ from kernels.matmul import Mode
 from kernels.packed import codes_per_word
 from offload.checkpoint import Checkpoint, describe_difference
 from offload.errors import CheckpointError
-from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
+from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO
 from offload.linear import PackedLinear
 
 
 def replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) -> list[str]:
     """Put a PackedLinear where the checkpoint holds a packed weight; return their names."""
     names = [name.removesuffix(PACKED) for blob in checkpoint.blobs for name in blob.tensors if name.endswith(PACKED)]
+    ordered = {name for blob in checkpoint.blobs for name in blob.tensors if name.endswith(ORDER)}
     modules = dict(model.named_modules())
     for name in names:
         linear = modules.get(name)
@@ -26,6 +27,8 @@ def replace_linears(model: PreTrainedModel, checkpoint: Checkpoint, mode: Mode) 
             )
         bits, has_bias = checkpoint.recipe.bits_of(name), linear.bias is not None
         packed = PackedLinear(linear.in_features, linear.out_features, has_bias, model.dtype, bits, mode)
+        if name + ORDER in ordered:
+            packed.reorder_inputs()
         model.set_submodule(name, packed)
     return names
 

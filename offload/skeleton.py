@@ -5,6 +5,7 @@ Models come from transformers; nothing of an architecture is written here. Fused
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,6 +71,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise InputError(f"{type(model).__name__}: no list of decoder layers was found in it")
     return max(lists, key=lambda item: len(item[1]))
+
+
+def outer_names(model: nn.Module, prefix: str, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Cut the names of tensors outside the decoder layers into those before and those after them, none of them empty.
+
+    prefix: of the layers' list. The order is that in which the model registers its parts.
+    """
+    order = [key for key, _ in model.named_parameters(remove_duplicate=False)]
+    final = max(i for i, key in enumerate(order) if key.startswith(f"{prefix}."))
+    last = [name for name in names if name in order and order.index(name) > final] or list(names[-1:])
+    first = [name for name in names if name not in last] or last[:1]
+    return first, [name for name in last if name not in first]
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -19,6 +19,7 @@ DEFAULT_OUTPUT = Path("checkpoints/SmolLM2-135M-Instruct-awq-int4-g64")
 """What `python -m quant.awq` writes without flags, and what the other commands read without flags."""
 
 _DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
@@ -52,6 +53,18 @@ def resolve_model(model: str | None) -> Path:
             )
         raise InputError(f"--model {model}: no .safetensors file in it")
     return directory
+
+
+def files_around(directory: Path) -> dict[str, bytes]:
+    """Return a model's tokenizer, chat template and settings, byte for byte."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and path.suffix in _COPIED_SUFFIXES
+        and path.name != CONFIG_NAME
+        and not path.name.endswith(".index.json")
+    }
 
 
 def cache_directory() -> Path:

@@ -53,7 +53,9 @@ def _command(argv: list[str]) -> None:
     if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
         raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
     from offload.checkpoint import Checkpoint
+    from offload.convert import opened
 
+    options.model = opened(options.model)
     checkpoint = Checkpoint.open(options.model)
     check_sums(checkpoint)
     outcomes = _outcomes(options, checkpoint)

@@ -24,6 +24,7 @@ from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
 from offload.memory import give_memory_back_at_once, peak_memory_bytes, trim_memory
 from offload.skeleton import decoder_layers
+from offload.source import files_around
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 from quant.cost import Windows
 from quant.flags import method_parser, with_changes
@@ -35,8 +36,6 @@ from quant.walk import Method, Walk
 
 _TEXT_BYTES = 64 << 20
 """A tokenizer and the text, where they are not loaded yet: 50 MiB for the embedded ones."""
-
-_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
 def run_method(name: str, make: Callable[[Any], Method], argv: list[str] | None, tiers: Mapping[str, Any]) -> int:
@@ -107,7 +106,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
             Walk(plan.model, plan.source, writer, method, plan.grids, plan.head_dim, spill_to).run(windows)
             sizes = plan.source.nbytes, plan.expected_bytes, smallest_memory(plan)
             card = model_card(plan.name, output.name, recipe, *sizes)
-            files |= {**_other_files(plan.directory), "README.md": card}
+            files |= {**files_around(plan.directory), "README.md": card}
             writer.finish(
                 read_json(plan.directory / CONFIG_NAME),
                 files | {RUN_NAME: _json(_taken(plan, started) | {"layers": left})},
@@ -151,18 +150,6 @@ def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tup
     windows = sample_windows(tokens, options.num_samples, options.seq_len, options.seed)
     fields = {"calibration_name": text.name, "calibration_sha256": text.sha256}
     return windows, {**fields, "num_samples": options.num_samples, "seq_len": options.seq_len}
-
-
-def _other_files(directory: Path) -> dict[str, bytes]:
-    """Return tokenizer, chat template and settings, byte for byte."""
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(directory.iterdir())
-        if path.is_file()
-        and path.suffix in _COPIED_SUFFIXES
-        and path.name != CONFIG_NAME
-        and not path.name.endswith(".index.json")
-    }
 
 
 def _taken(plan: Plan, started: float) -> dict[str, Any]:

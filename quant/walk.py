@@ -18,7 +18,7 @@ from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import read_header
 from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
-from offload.skeleton import assign, decoder_layers
+from offload.skeleton import assign, decoder_layers, outer_names
 from offload.source_weights import Location, SourceWeights
 from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
@@ -73,9 +73,7 @@ class Walk:
         """Write every shard that is not there yet. windows: int64 [S, T] for methods that need inputs."""
         prefix, layers = decoder_layers(self.model)
         outer = [name for name in self.source.locations if not name.startswith(f"{prefix}.")]
-        last = [name for name in outer if self._comes_after(name, prefix)] or outer[-1:]  # no shard is empty
-        first = [name for name in outer if name not in last] or last[:1]
-        last = [name for name in last if name not in first]
+        first, last = outer_names(self.model, prefix, outer)
         if self.writer.done(0) is None:
             self._write(0, "", {name: self.source.read(name) for name in first}, {})
         done = [self.writer.done(index + 1) is not None for index in range(len(layers))]
@@ -104,12 +102,6 @@ class Walk:
         """Write a shard, its tensors under the names that the source has them under."""
         stored = {self.source.stored(name): tensor for name, tensor in tensors.items()}
         self.writer.write_shard(index, module, stored, report)
-
-    def _comes_after(self, name: str, prefix: str) -> bool:
-        """Whether an outer tensor is used after the layers: by the order in which the model registers its parts."""
-        order = [key for key, _ in self.model.named_parameters(remove_duplicate=False)]
-        final = max(i for i, key in enumerate(order) if key.startswith(f"{prefix}."))
-        return name in order and order.index(name) > final
 
     def _layer(
         self,

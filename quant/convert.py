@@ -1,0 +1,58 @@
+"""Re-lay another tool's checkpoint as this toolkit's, code by code. `python -m quant.convert --model DIR`"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from offload.command import Parser, format_bytes, run, say
+from offload.errors import UsageError
+from offload.source import resolve_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run(_command, argv)
+
+
+def _command(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    if options.output is not None and options.model is None:
+        raise UsageError(f"--output {options.output}: name the --model that goes there")
+    from offload.convert import clear, convert, describe_copies, opened, require_format
+
+    if options.list:
+        print("\n".join(describe_copies()) or "nothing was converted yet")
+        return
+    if options.clear:
+        say(f"{format_bytes(clear())} removed")
+        return
+    directory = resolve_model(options.model)
+    found, started = require_format(directory), time.monotonic()
+    if options.output is None:
+        output = opened(directory)
+    else:
+        output = convert(directory, options.output, found, options.overwrite).directory
+    seconds = time.monotonic() - started
+    if options.json:
+        print(json.dumps({"model": str(directory), "format": found.kind, "output": str(output), "seconds": seconds}))
+    else:
+        say(f"{output}: {found.kind}, {found.bits} bits, in {seconds:.1f} s")
+        say(f"next: python -m offload.generate --model {output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("quant.convert", "Re-lay a checkpoint of AWQ, GPTQ or compressed-tensors; nothing is rounded.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-m", "--model", help="directory or hub id")
+    what.add_argument("--list", action="store_true", help="list what was converted into the cache")
+    what.add_argument("--clear", action="store_true", help="remove all of it")
+    parser.add_argument("-o", "--output", type=Path, help="directory to write; default: the cache, where commands look")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint this toolkit wrote")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the result on stdout")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
