@@ -126,6 +126,10 @@ class KVBlocks:
         del self._blocks[count:]
         del self.addresses[count:]
 
+    def __reduce__(self) -> tuple[type["KVBlocks"], tuple[BlockShape, tuple[KVBlock, ...]]]:
+        """Let a copy have addresses of its own blocks. Every block has to be in memory."""
+        return KVBlocks, (self.shape, tuple(self))
+
     def __len__(self) -> int:
         return len(self._blocks)
 

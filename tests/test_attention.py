@@ -74,7 +74,11 @@ def random_mask(case: Case) -> Tensor:
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """A little more than the rounding of the output's dtype, and of queries and weights to 15 and 16 bits."""
+    """The rounding of the output's dtype, and of queries to 15 bits.
+
+    An element of a query is off by up to 1 / 32512 of the largest; with the keys of these cases, some 7 long, that
+    moves a score by 2.5e-4 in the root mean square. Levels share these queries: see `test_instruction_sets_agree`.
+    """
     step = torch.finfo(found.dtype).eps if found.dtype != FP32 else 0.0
     assert found.isfinite().all()
     error = (found.float() - expected).abs().max() / expected.abs().max()
@@ -118,6 +122,7 @@ def test_compiled_appending_writes_the_bytes_of_the_reference(level: int, dtype:
 
 @COMPILED
 def test_instruction_sets_agree() -> None:
+    """To float32 sums; VNNI has weights of 16 bits, off by 2**-17 of the largest; over 500 tokens 6e-5."""
     case = Case(BlockShape(1, 2, 100, 72), tokens=500)
     context, query = random_context(case), random_query(case)
     found = []
@@ -125,8 +130,8 @@ def test_instruction_sets_agree() -> None:
         attending = CompiledAttention(query, context, 1.0, None, level)
         attending.attend(0, case.tokens)
         found.append(attending.result())
-    for other in found[1:]:
-        assert_near(other, found[0])
+    for other, most in zip(found[1:], (1e-6, 1e-4), strict=False):
+        assert (other - found[0]).abs().max() <= most * found[0].abs().max()
 
 
 @pytest.mark.parametrize("queries", [1, 5, MOST_FUSED_QUERIES + 1, 300])

@@ -1,5 +1,7 @@
 """The int8 cache: every way of generating gives the tokens of a cache that rounds its content and attends in torch."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +150,19 @@ def test_turns_go_on_from_the_cache_and_a_reset_one_is_new() -> None:
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     assert generate(model, cache, more) == again
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_prompts_cache_goes_its_own_way(copied: Callable[[KVCache], KVCache]) -> None:
+    model = tiny()
+    cache = int8_cache(model)
+    generate(model, cache, max_new_tokens=1)
+    one, other = torch.cat([PROMPT, PROMPT[:, :9]], dim=1), torch.cat([PROMPT, PROMPT[:, 40:49]], dim=1)
+    expected = [generate(model, int8_cache(model), tokens) for tokens in (one, other)]
+    second = copied(cache)
+    assert [generate(model, cache, one), generate(model, second, other)] == expected
+    more = torch.tensor([[*expected[0][0], *PROMPT[0, :5].tolist()]])
+    assert generate(model, cache, more) == generate(model, int8_cache(model), more)
 
 
 @pytest.mark.parametrize("left", [BLOCK_TOKENS + 1, BLOCK_TOKENS, 20])

@@ -2,7 +2,18 @@
 //
 // `Lanes` supplies
 //   dots(queries, keys, dim, out)        integer products of one query with kTileTokens keys, [16, dim]
+//   largest(x)                           of [kContextPiece]; NaN if there is one
 //   add_values(piece, weights, sum)      sum [count, value_dim] = weights [count, kContextPiece] times the value codes
+
+// In lanes, which compilers keep in a register; a plain loop waits for each addition. count: a multiple of kLanes.
+inline float sum_of(const float* x, int64_t count) {
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
+    for (int64_t half = kLanes / 2; half; half /= 2)
+        for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
 
 // Round a row to signed bytes under one bf16 scale, bit for bit as kernels/kv_block.py does.
 void quantize_row(const float* x, int64_t count, int8_t* codes, uint16_t* scale) {
@@ -59,30 +70,30 @@ void score(const int4::Piece& p, float* scores) {
 }
 
 // Scores become weights of value codes; those of tokens that are not there, or not to be seen, are 0.
+template <class Lanes>
 void weigh_codes(const int4::Piece& p, int64_t q, float* __restrict scores, float* top, float* weight) {
     const int64_t visible = p.visible[q];
     const uint8_t* mask = p.masks ? p.masks[q] : nullptr;
     for (int64_t t = 0; mask && t < visible; ++t) scores[t] = mask[t] ? scores[t] : -__builtin_inff();
     for (int64_t t = visible > 0 ? visible : 0; t < int4::kContextPiece; ++t) scores[t] = -__builtin_inff();
-    float largest = scores[0], sum = 0;
-    for (int64_t t = 1; t < int4::kContextPiece; ++t)
-        largest = scores[t] > largest || scores[t] != scores[t] ? scores[t] : largest;
+    const float largest = Lanes::largest(scores);
     const float base = largest == -__builtin_inff() ? 0.0f : largest;
     for (int64_t t = 0; t < int4::kContextPiece; ++t) scores[t] = exponential(scores[t] - base);
-    for (int64_t t = 0; t < int4::kContextPiece; ++t) sum += scores[t];
-    for (int64_t t = 0; t < p.tokens; ++t) {
-        const uint16_t scale = p.blocks[t / int4::kBlockTokens].value_scale[t % int4::kBlockTokens];
-        scores[t] = scores[t] == 0 ? 0.0f : scores[t] * bf16_to_float(scale);
-    }
+    *weight = sum_of(scores, int4::kContextPiece);
     *top = largest;
-    *weight = sum;
+    for (int64_t t = 0; t < p.tokens; t += int4::kBlockTokens) {
+        const uint16_t* __restrict scales = p.blocks[t / int4::kBlockTokens].value_scale;
+        float* __restrict weights = scores + t;
+        for (int64_t i = 0; i < int4::kBlockTokens; ++i)
+            weights[i] = weights[i] == 0 ? 0.0f : weights[i] * bf16_to_float(scales[i]);
+    }
 }
 
 template <class Lanes>
 void attend_piece(const int4::Piece& p, const int4::AttentionPart& out) {
     float* scores = new float[p.count * int4::kContextPiece];
     score<Lanes>(p, scores);
-    for (int64_t q = 0; q < p.count; ++q) weigh_codes(p, q, scores + q * int4::kContextPiece, out.top + q, out.weight + q);
+    for (int64_t q = 0; q < p.count; ++q) weigh_codes<Lanes>(p, q, scores + q * int4::kContextPiece, out.top + q, out.weight + q);
     Lanes::add_values(p, scores, out.sum);
     delete[] scores;
 }
@@ -95,6 +106,12 @@ struct PlainLanes {
             for (int64_t d = 0; d < dim; ++d) sum += int32_t(query.whole[d]) * int32_t(keys[d]);
             out[t] = sum;
         }
+    }
+
+    static float largest(const float* x) {
+        float found = x[0];
+        for (int64_t t = 1; t < int4::kContextPiece; ++t) found = x[t] > found || x[t] != x[t] ? x[t] : found;
+        return found;
     }
 
     static void add_values(const int4::Piece& p, const float* weights, float* sum) {

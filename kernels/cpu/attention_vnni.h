@@ -15,21 +15,34 @@ inline __m512i sum_each(const __m512i* v) {
     return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
 }
 
+// Of [kContextPiece]; NaN if there is one, which a maximum of vectors may drop.
+inline float largest_of(const float* x) {
+    __m512 found = _mm512_set1_ps(-__builtin_inff());
+    __mmask16 bad = 0;
+    for (int64_t t = 0; t < int4::kContextPiece; t += 16) {
+        const __m512 next = _mm512_loadu_ps(x + t);
+        found = _mm512_max_ps(next, found);
+        bad |= _mm512_cmp_ps_mask(next, next, _CMP_UNORD_Q);
+    }
+    return bad ? __builtin_nanf("") : _mm512_reduce_max_ps(found);
+}
+
 // Weights of value codes in 16 bits under one unit, as a high and a low byte; for 4 tokens side by side.
 struct ByteWeights {
     alignas(64) uint8_t high[int4::kContextPiece];
     alignas(64) uint8_t low[int4::kContextPiece];
     float unit;
 
-    void set(const float* weights, int64_t tokens) {
-        float top = 0;
-        for (int64_t t = 0; t < tokens; ++t) top = weights[t] > top || weights[t] != weights[t] ? weights[t] : top;
-        const float inverse = top > 1e-30f ? 65535.0f / top : 0.0f;
+    // weights: [kContextPiece], 0 for tokens that are not there.
+    void set(const float* weights) {
+        const float top = largest_of(weights);
+        const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 65535.0f / top : 0.0f);
         unit = top / 65535.0f;
-        for (int64_t t = 0; t < int4::kContextPiece; ++t) {
-            const int32_t whole = t < tokens ? int32_t(__builtin_rintf(weights[t] * inverse)) : 0;
-            high[t] = uint8_t(whole >> 8);
-            low[t] = uint8_t(whole);
+        for (int64_t t = 0; t < int4::kContextPiece; t += 16) {
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(weights + t), inverse));
+            const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8));
+            _mm_store_si128(reinterpret_cast<__m128i*>(high + t), bytes);
+            _mm_store_si128(reinterpret_cast<__m128i*>(low + t), _mm512_cvtepi32_epi8(whole));
         }
     }
 
@@ -41,13 +54,23 @@ struct ByteWeights {
 };
 
 struct VnniLanes {
+    static float largest(const float* x) { return largest_of(x); }
+
     // Keys are made unsigned by adding 128, which adds 128 times the sum of the query.
     static void dots(const int4::Queries& query, const int8_t* keys, int64_t dim, int32_t* out) {
+        dim == 64 ? dots_of<1>(query, keys, dim, out) : dim == 128 ? dots_of<2>(query, keys, dim, out)
+                                                                   : dots_of<0>(query, keys, dim, out);
+    }
+
+    // Steps: of 64 elements, where they are few enough for the query to stay in registers; 0 for any number.
+    template <int Steps>
+    static void dots_of(const int4::Queries& query, const int8_t* keys, int64_t dim, int32_t* out) {
         const __m512i flip = _mm512_set1_epi8(-128);
+        const int64_t end = Steps ? Steps * 64 : dim;
         __m512i sums[int4::kTileTokens];
         for (int64_t t = 0; t < int4::kTileTokens; ++t, keys += dim) {
             __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
-            for (int64_t d = 0; d < dim; d += 64) {
+            for (int64_t d = 0; d < end; d += 64) {
                 const __m512i key = _mm512_xor_si512(_mm512_loadu_si512(keys + d), flip);
                 high = _mm512_dpbusd_epi32(high, key, _mm512_loadu_si512(query.high + d));
                 low = _mm512_dpbusd_epi32(low, key, _mm512_loadu_si512(query.low + d));
@@ -61,7 +84,7 @@ struct VnniLanes {
         ByteWeights pair[2];
         for (int64_t q = 0; q < p.count; q += 2) {
             const int64_t together = p.count - q < 2 ? 1 : 2;
-            for (int64_t i = 0; i < together; ++i) pair[i].set(weights + (q + i) * int4::kContextPiece, p.tokens);
+            for (int64_t i = 0; i < together; ++i) pair[i].set(weights + (q + i) * int4::kContextPiece);
             for (int64_t d = 0; d < p.value_dim; d += 64) {
                 float* out = sum + q * p.value_dim + d;
                 together == 2 ? add_columns<2>(p, pair, d, out) : add_columns<1>(p, pair, d, out);
