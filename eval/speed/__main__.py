@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eval.results import RESULTS, append, circumstances, command_line
-from eval.speed import executor, kernels
+from eval.speed import executor, kernels, serve
 from offload.command import Parser, run, say
 
 
@@ -48,6 +48,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "executor": Subject(
         "whole models within a memory limit, against other engines", executor.add_flags, executor.measure
     ),
+    "serve": Subject("the server, one client against many at once", serve.add_flags, serve.measure),
 }
 
 

@@ -46,6 +46,9 @@ class _RoundsCollector(Collector):
             "Of all that run, over the last rounds; a prompt counts as one for each of its chunks.",
             self._per_second(1),
         )
+        link = GaugeMetricFamily("offload_link_bytes_per_second", "As measured at the start.", labels=["link"])
+        link.add_metric([self._limit.link], self._limit.bytes_per_second)
+        yield link
         fraction = GaugeMetricFamily(
             "offload_link_fraction",
             "Of what the link that bounds decoding can carry, over the last rounds.",
