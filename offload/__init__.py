@@ -1,9 +1,12 @@
 """The runtime: the checkpoint file, memory, transfers, placement, and transformers models that stream their layers.
 
-`offload.load(CHECKPOINT, cpu_memory="8GiB")` returns such a model; see `offload.executor.load`.
+`offload.load(CHECKPOINT, cpu_memory="8GiB")` returns such a model; see `offload.executor.load`. Once this package is
+imported, so does transformers' `AutoModelForCausalLM.from_pretrained(CHECKPOINT, max_memory={"cpu": "8GiB"})`.
 """
 
 from typing import Any
+
+from offload.auto import register
 
 __version__ = "0.1.0"
 
@@ -15,3 +18,6 @@ def __getattr__(name: str) -> Any:
     from offload.executor import load
 
     return load
+
+
+register()

@@ -8,6 +8,7 @@ that of the units, around the end of the model into the next token.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from offload.checkpoint import LayerBlob
 from offload.memory import Arena
@@ -20,18 +21,34 @@ class _Held:
     read: Read
 
 
+class Gate(Protocol):
+    """Who lets several sequences use a unit before its slot is free again, see `offload.rounds`."""
+
+    def arrive(self, position: int) -> None:
+        """Return when the unit may be used."""
+
+    def keeps(self, position: int) -> bool:
+        """Whether the unit that one of them has released is to stay for the others."""
+
+
 class Slots:
-    """Streams `blobs` in circles through `depth` arenas of the largest one's size. poison: freed slots become NaN."""
+    """Streams `blobs` in circles through `depth` arenas of the largest one's size. poison: freed slots become NaN.
+
+    gate: asked before each wait and at each release, if there is one.
+    """
 
     def __init__(self, blobs: Sequence[LayerBlob], depth: int, queue: ReadQueue, poison: bool = False) -> None:
         self.queue, self._blobs, self._poison = queue, blobs, poison
         size = max(blob.nbytes for blob in blobs)
         self.arenas = [Arena(size) for _ in range(depth)]
+        self.gate: Gate | None = None
         self._held: dict[int, _Held] = {}  # by the position of a blob
         self._free = deque(range(depth))
 
     def wait(self, position: int) -> int:
         """Return the slot that holds blob `position`, queueing it and those after it. Raises what its read raised."""
+        if self.gate is not None:
+            self.gate.arrive(position)
         with self.queue.change:
             if position not in self._held and not self._free:
                 self._reset()  # an earlier forward was abandoned and left its layers behind
@@ -46,6 +63,8 @@ class Slots:
 
     def release(self, position: int) -> None:
         """Give the slot of blob `position` back and queue the next blobs."""
+        if self.gate is not None and self.gate.keeps(position):
+            return
         with self.queue.change:
             held = self._held.pop(position, None)
             if held is None:

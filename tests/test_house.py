@@ -75,6 +75,7 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
         "offload.chat",
         "offload.generate",
         "offload.plan",
+        "offload.serve",
         "offload.verify",
         "eval.ppl",
         "eval.compare",

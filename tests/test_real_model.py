@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
@@ -117,7 +117,7 @@ def test_the_checkpoint_opens_in_plain_transformers(checkpoints: dict[str, Path]
                 reference.get_parameter(name.removesuffix("_packed")).data = dequantize(weight, torch.bfloat16)
             elif name in dict(reference.named_parameters()):
                 reference.get_parameter(name).data = tensor
-    opened = AutoModelForCausalLM.from_pretrained(checkpoints["awq"], dtype=torch.bfloat16)
+    opened = LlamaForCausalLM.from_pretrained(checkpoints["awq"], dtype=torch.bfloat16)
     tokens = torch.arange(100, 164)[None]
     with torch.inference_mode():
         assert torch.equal(opened(tokens).logits, reference(tokens).logits)

@@ -1,0 +1,69 @@
+"""What Prometheus reads at /metrics."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from offload.executor import Executor
+from offload.limit import Limit
+from offload.rounds import Rounds
+
+
+class Metrics:
+    """Counters of requests and tokens, and the state of the rounds. limit: what bounds decoding, as measured once."""
+
+    def __init__(self, rounds: Rounds, executor: Executor, limit: Limit) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "offload_requests", "Requests by route and status.", ["route", "status"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "offload_prompt_tokens", "Tokens of the prompts that were taken.", registry=registry
+        )
+        self.new_tokens = Counter("offload_new_tokens", "Tokens that were generated.", registry=registry)
+        registry.register(_RoundsCollector(rounds, executor, limit))
+
+    def text(self) -> bytes:
+        """Return all of them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _RoundsCollector(Collector):
+    def __init__(self, rounds: Rounds, executor: Executor, limit: Limit) -> None:
+        self._rounds, self._executor, self._limit = rounds, executor, limit
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the rounds are at now."""
+        rounds, stats = self._rounds, self._executor.stats
+        yield GaugeMetricFamily("offload_queue_length", "Requests that wait in line.", rounds.waiting)
+        yield GaugeMetricFamily("offload_running", "Requests that take part in the rounds.", rounds.running)
+        yield CounterMetricFamily("offload_rounds", "Passes over the weights, each for all that run.", rounds.rounds)
+        yield CounterMetricFamily("offload_read_bytes", "Weights read from disk.", stats.bytes_read)
+        yield GaugeMetricFamily(
+            "offload_tokens_per_second",
+            "Of all that run, over the last rounds; a prompt counts as one for each of its chunks.",
+            self._per_second(1),
+        )
+        link = GaugeMetricFamily("offload_link_bytes_per_second", "As measured at the start.", labels=["link"])
+        link.add_metric([self._limit.link], self._limit.bytes_per_second)
+        yield link
+        fraction = GaugeMetricFamily(
+            "offload_link_fraction",
+            "Of what the link that bounds decoding can carry, over the last rounds.",
+            labels=["link"],
+        )
+        if self._limit.link == "disk":
+            carried = self._per_second(0, 1)
+        else:
+            carried = self._per_second(self._executor.bytes_per_token)
+        fraction.add_metric([self._limit.link], carried / self._limit.bytes_per_second)
+        yield fraction
+
+    def _per_second(self, of_sequence: int, of_byte: int = 0) -> float:
+        """Return a sum over the last rounds by their seconds, 0 while nothing runs."""
+        recent = list(self._rounds.recent) if self._rounds.running else []
+        seconds = sum(one.seconds for one in recent)
+        total = sum(of_sequence * one.sequences + of_byte * one.bytes_read for one in recent)
+        return total / seconds if seconds else 0.0

@@ -1,0 +1,170 @@
+"""Sequences that share the passes of a model: tokens, reads, and what one of them does to the others."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from offload.errors import CheckpointError
+from offload.executor import executor_of
+from offload.rounds import Cancelled, Rounds, Sequence
+from offload.sampling import Sampling
+from offload.session import Prompts, Session
+
+TEXTS = ["The quick brown fox", "and", "the dog, being lazy, lets it. " * 20, "Why is the sky blue?"] * 4
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module", params=["disk", "auto"])
+def session(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Iterator[Session]:
+    session = Session(Prompts(tiny_checkpoint), 16 * 512, {"device_map": request.param})
+    yield session
+    session.executor.close()
+
+
+class Asked:
+    """A sequence of a session, with what became of it."""
+
+    def __init__(self, session: Session, text: str, sampling: Sampling, streamer: Any = None) -> None:
+        self.session, self.text, self.sampling, self.streamer = session, text, sampling, streamer
+        self.tokens: list[int] | None = None
+        self.error: BaseException | None = None
+        self.done = Event()
+        self.sequence = Sequence(self.run, self.end)
+
+    def alone(self) -> list[int]:
+        return self.session.generate(self.session.prompts.plain(self.text), NEW_TOKENS, self.sampling)
+
+    def run(self) -> None:
+        tokens = self.session.prompts.plain(self.text)
+        self.tokens = self.session.generate(tokens, NEW_TOKENS, self.sampling, self.streamer)
+
+    def end(self, error: BaseException | None) -> None:
+        self.error = error
+        self.done.set()
+
+
+def sampling(number: int) -> Sampling:
+    return Sampling() if number % 2 else Sampling(temperature=1.0, seed=number)
+
+
+def test_sixteen_get_the_tokens_that_each_gets_alone_for_the_reads_of_one(session: Session) -> None:
+    asked = [Asked(session, text, sampling(number)) for number, text in enumerate(TEXTS)]
+    expected = [one.alone() for one in asked]
+    rounds = Rounds(session.model, 16)
+    with rounds._change:  # all of them are there before the first round
+        for one in asked:
+            rounds._waiting.append(one.sequence)
+        before = session.executor.stats.layer_reads
+        rounds._change.notify_all()
+    for one in asked:
+        assert one.done.wait(60)
+    rounds.close()
+    assert [one.error for one in asked] == [None] * 16
+    assert [one.tokens for one in asked] == expected
+    longest = max(len(session.prompts.plain(text)) for text in TEXTS)
+    passes = NEW_TOKENS + (longest - 1) // 512
+    assert rounds.rounds == passes
+    slots = session.executor.slots
+    if slots is not None:
+        read = session.executor.stats.layer_reads - before
+        units = len(session.executor.streamed_blobs)
+        assert units * passes - len(slots.arenas) <= read <= units * passes + len(slots.arenas)
+    assert asked[0].alone() == expected[0]  # the model is what it was
+
+
+def test_more_than_may_run_wait_in_line(session: Session) -> None:
+    asked = [Asked(session, text, sampling(number)) for number, text in enumerate(TEXTS)]
+    rounds = Rounds(session.model, 3)
+    most = 0
+    for one in asked:
+        rounds.add(one.sequence)
+    for one in asked:
+        most = max(most, rounds.running)
+        assert one.done.wait(60)
+    rounds.close()
+    assert most <= 3
+    assert max(r.sequences for r in rounds.recent) == 3
+    assert [one.tokens for one in asked] == [one.alone() for one in asked]
+
+
+class Failing:
+    """A streamer that fails, or does something else, at a token."""
+
+    def __init__(self, token: int, act: Any) -> None:
+        self.left, self.act = token, act
+
+    def put(self, value: Any) -> None:
+        if self.left == 0:
+            self.act()
+        self.left -= 1
+
+    def end(self) -> None:
+        pass
+
+
+def test_one_that_fails_or_is_cancelled_leaves_the_others_alone(session: Session) -> None:
+    def fail() -> None:
+        raise RuntimeError("mine alone")
+
+    asked = [Asked(session, text, sampling(number)) for number, text in enumerate(TEXTS[:6])]
+    rounds = Rounds(session.model, 4)
+    asked[1].streamer = Failing(3, fail)
+    asked[2].streamer = Failing(2, lambda: rounds.cancel(asked[2].sequence))
+    asked[5].streamer = Failing(0, lambda: None)
+    for one in asked:
+        rounds.add(one.sequence)
+    rounds.cancel(asked[5].sequence)
+    for one in asked:
+        assert one.done.wait(60)
+    rounds.close()
+    assert str(asked[1].error) == "mine alone"
+    assert isinstance(asked[2].error, Cancelled)
+    assert isinstance(asked[5].error, Cancelled)
+    for number in (0, 3, 4):
+        assert asked[number].tokens == asked[number].alone()
+
+
+def test_a_read_that_fails_ends_who_needs_it_and_the_next_one_runs(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if session.executor.slots is None:
+        pytest.skip("nothing is read")
+    rounds = Rounds(session.model, 4)
+    read_into, left = type(session.executor.reader).read_into, [9]
+
+    def failing(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise CheckpointError("the disk is gone")
+        read_into(*arguments)
+
+    monkeypatch.setattr(type(session.executor.reader), "read_into", failing)
+    asked = [Asked(session, text, sampling(number)) for number, text in enumerate(TEXTS[:4])]
+    for one in asked:
+        rounds.add(one.sequence)
+    for one in asked:
+        assert one.done.wait(60)
+    rounds.close()
+    failed = [one for one in asked if one.error is not None]
+    assert [str(one.error) for one in failed] == ["the disk is gone"]
+    assert all(one.tokens == one.alone() for one in asked if one.error is None)
+
+
+def test_closing_ends_what_runs_and_what_comes(session: Session) -> None:
+    running = Event()
+    asked = [Asked(session, text, sampling(number)) for number, text in enumerate(TEXTS[:3])]
+    asked[0].streamer = Failing(1, running.set)
+    rounds = Rounds(session.model, 1)
+    for one in asked[:2]:
+        rounds.add(one.sequence)
+    assert running.wait(60)
+    rounds.close()
+    rounds.add(asked[2].sequence)
+    assert all(one.done.is_set() for one in asked)
+    assert isinstance(asked[1].error, Cancelled)
+    assert isinstance(asked[2].error, Cancelled)
+    assert asked[2].alone() == asked[2].alone()
+    assert executor_of(session.model).slots is None or executor_of(session.model).slots.gate is None
