@@ -1,4 +1,4 @@
-"""Packed weights of other tools, re-laid code by code as this toolkit's: nothing is dequantised, nothing rounded.
+"""Packed weights of other tools and this one's, re-laid code by code: nothing is dequantised, nothing rounded.
 
     AWQ "gemm"   qweight int32 [K, N/8]: nibble i of word [k, c] is row n = 8c + (0 2 4 6 1 3 5 7)[i]; qzeros int32
                  [K/G, N/8] likewise; scales [K/G, N]                  (AutoAWQ, awq/modules/linear/gemm.py)
@@ -12,7 +12,7 @@ Both mean W[n, k] = (q[n, k] - z[n, g]) * s[n, g] for g the group of k, as here.
 import torch
 from torch import Tensor
 
-from kernels.packed import PackedWeight, codes_per_word, pack_zero, symmetric_zero
+from kernels.packed import PackedWeight, codes_per_word, pack_zero, symmetric_zero, unpack
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _LOW_NIBBLES = 0x0F0F0F0F
@@ -74,6 +74,57 @@ def _reordered(codes: Tensor, order: Tensor, bits: int) -> Tensor:
         return codes[:, order]
     single = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, order]
     return single[:, 0::2] | single[:, 1::2] << 4
+
+
+def to_awq(weight: PackedWeight) -> dict[str, Tensor]:
+    """Return qweight, qzeros and scales, float16, of AWQ's "gemm" layout.
+
+    Raises ValueError unless it is of 4 bits and whole words of rows, and float16 holds its scales.
+    """
+    rows, inputs = weight.out_features, weight.in_features
+    if weight.bits != 4 or rows % 8:
+        raise ValueError(f"{rows} rows of {weight.bits} bits; expected 4 bits and a multiple of 8")
+    codes, zero = unpack(weight)
+    words = []
+    for values in (codes, zero):
+        lanes = values.view(rows // 8, 8, -1)[:, _AWQ_ORDER].to(torch.int32)
+        words.append(_joined(lanes, 4).t().contiguous())
+    return {"qweight": words[0].view(inputs, rows // 8), "qzeros": words[1], "scales": _half(weight.scale)}
+
+
+def to_gptq(weight: PackedWeight, first_version: bool) -> dict[str, Tensor]:
+    """Return qweight, qzeros, scales, float16, and g_idx of GPTQ's layout; first_version: see `from_gptq`.
+
+    Raises ValueError unless its rows fill whole words, and float16 holds its scales.
+    """
+    per_word, rows = codes_per_word(weight.bits), weight.out_features
+    if rows % per_word:
+        raise ValueError(f"{rows} rows; expected a multiple of {per_word}")
+    _, zero = unpack(weight)
+    stored = zero.to(torch.int32) - int(first_version) & (1 << weight.bits) - 1
+    lanes = stored.view(rows // per_word, per_word, -1)
+    return {
+        "qweight": weight.codes.view(torch.int32).t().contiguous(),
+        "qzeros": _joined(lanes, weight.bits).t().contiguous(),
+        "scales": _half(weight.scale),
+        "g_idx": torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size,
+    }
+
+
+def _joined(lanes: Tensor, bits: int) -> Tensor:
+    """Return int32 [words, n] of lanes int32 [words, 32 / bits, n], the first in the lowest bits."""
+    words = torch.zeros_like(lanes[:, 0])
+    for place in range(lanes.shape[1]):
+        words |= lanes[:, place] << bits * place
+    return words
+
+
+def _half(scale: Tensor) -> Tensor:
+    """Return scales [N, K/G] as float16 [K/G, N]. Raises ValueError if that rounds one."""
+    half = scale.to(torch.float16)
+    if not torch.equal(half.float(), scale.float()):
+        raise ValueError("scales that float16 does not hold")
+    return half.t().contiguous()
 
 
 def _groups(qzeros: Tensor, scales: Tensor, inputs: int, rows: int, zero_words: int) -> int:

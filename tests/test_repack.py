@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from kernels.packed import dequantize, unpack
+from kernels.packed import PackedWeight, dequantize, pack, unpack
 from kernels.repack import from_awq, from_gptq
+from kernels.repack import to_awq as to_awq_of
+from kernels.repack import to_gptq as to_gptq_of
 from tests.packers import random_grid, to_awq, to_gptq
 
 SHAPES = [(8, 64, 32), (24, 128, 128), (40, 192, 64), (1032, 256, 32)]
@@ -40,6 +42,36 @@ def test_gptq(
         assert torch.equal(order.sort().values, torch.arange(inputs))
         restored = torch.empty_like(restored).index_copy_(1, order, restored)
     assert torch.equal(restored.float(), grid.weight().float())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "inputs", "group_size"), SHAPES)
+def test_ours_as_theirs(rows: int, inputs: int, group_size: int, symmetric: bool) -> None:
+    for bits in (4, 8):
+        grid = random_grid(rows, inputs, group_size, symmetric, bits=bits)
+        weight = pack(grid.codes, grid.scale, None if symmetric else grid.zero, group_size, bits)
+        kinds = {"awq": (to_awq_of(weight), to_awq(grid))} if bits == 4 else {}
+        kinds |= {f"gptq v{2 - first}": (to_gptq_of(weight, first), to_gptq(grid, first)) for first in (True, False)}
+        for kind, (found, expected) in kinds.items():
+            assert found.keys() == expected.keys()
+            for name, tensor in found.items():
+                assert torch.equal(tensor, expected[name]), (kind, name)
+
+
+def test_what_theirs_cannot_hold_is_refused() -> None:
+    def weight(rows: int, scale: float, bits: int = 4) -> PackedWeight:
+        scales = torch.full((rows, 2), scale, dtype=torch.bfloat16)
+        return pack(torch.zeros(rows, 64, dtype=torch.uint8), scales, None, 32, bits)
+
+    with pytest.raises(ValueError, match="12 rows of 4 bits; expected 4 bits and a multiple of 8"):
+        to_awq_of(weight(12, 0.01))
+    with pytest.raises(ValueError, match="16 rows of 8 bits; expected 4 bits and a multiple of 8"):
+        to_awq_of(weight(16, 0.01, bits=8))
+    with pytest.raises(ValueError, match="12 rows; expected a multiple of 8"):
+        to_gptq_of(weight(12, 0.01), True)
+    for scale in (1e-9, 1e6):
+        with pytest.raises(ValueError, match="scales that float16 does not hold"):
+            to_gptq_of(weight(16, scale), True)
 
 
 def test_what_does_not_fit_is_refused() -> None:
