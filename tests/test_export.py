@@ -1,6 +1,10 @@
 """What is exported means the same weights: to a reader of its own, and read back here; what does not fit is refused."""
 
 import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,3 +112,27 @@ def test_nothing_is_left_of_an_export_that_failed(
     assert main(flags) == 3
     assert "scales that float16 does not hold; the compressed-tensors layout" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(find_spec("gptqmodel") is None, reason="needs gptqmodel, through which transformers opens these")
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_their_own_tool_opens_it_with_equal_logits(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    """In a process without offload."""
+    from quant.rtn import main as rtn
+
+    assert rtn(["--model", str(tiny_model), "--output", str(tmp_path / "ours"), "--group-size", "32"]) == 0
+    assert main(["--model", str(tmp_path / "ours"), "--format", kind, "--output", str(tmp_path / "theirs")]) == 0
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as Auto; "
+        "model = Auto.from_pretrained(sys.argv[1], dtype=torch.float32); "
+        "tokens = torch.tensor([[5, 77, 130, 9, 200, 41, 3]]); "
+        "torch.save(model(tokens).logits.detach(), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "theirs"), str(tmp_path / "logits.pt")]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    with torch.inference_mode():
+        ours = load(tmp_path / "ours", dtype=torch.float32, mode="exact")(TOKENS).logits
+    theirs = torch.load(tmp_path / "logits.pt")
+    assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()

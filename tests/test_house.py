@@ -73,6 +73,7 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
         "quant.rtn",
         "quant.gptq",
         "offload.chat",
+        "offload.doctor",
         "offload.generate",
         "offload.plan",
         "offload.serve",
