@@ -79,6 +79,10 @@ class Recipe:
             raise ValueError(f"bits={self.bits}: expected 4 or 8")
         if self.group_size not in (None, 32, 64, 128):
             raise ValueError(f"group_size={self.group_size}: expected 32, 64, 128 or None for the whole row")
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"settings: expected an object, found {type(self.settings).__name__}")
+        if not all(isinstance(name, str) for name in (*self.ignore, *self.wide)):
+            raise ValueError("ignore, wide: expected names of modules")
         if self.wide and self.bits != 4:
             raise ValueError(f"wide: {len(self.wide)} modules in 8 bits beside others in {self.bits}, expected 4")
 
