@@ -45,9 +45,11 @@ class Chunk:
 def resident_chunks(budget_bytes: int, layers: int, chunk_bytes: int) -> int:
     """Return how many chunks of every layer fit the budget beside the slots, the one that is written to among them.
 
-    Raises ResourceError if that is not one.
+    A budget of 0 is for one. Raises ResourceError if one does not fit another budget.
     """
     pages = whole_pages(chunk_bytes)
+    if budget_bytes == 0:
+        return 1
     count = (budget_bytes - SLOTS * pages) // (layers * pages)
     if count < 1:
         raise ResourceError(
@@ -55,6 +57,14 @@ def resident_chunks(budget_bytes: int, layers: int, chunk_bytes: int) -> int:
             f"at least, {CHUNK_TOKENS} tokens of each and {SLOTS} times that of one to read into"
         )
     return count
+
+
+def shelved_bytes(budget_bytes: int, layers: int, shape: BlockShape, tokens: int) -> int:
+    """Return what so many tokens take in memory under a budget, slots included. Raises as `resident_chunks`."""
+    pages = whole_pages(CHUNK_BLOCKS * shape.nbytes)
+    stay = resident_chunks(budget_bytes, layers, CHUNK_BLOCKS * shape.nbytes)
+    chunks = -(-tokens // CHUNK_TOKENS)
+    return layers * chunks * pages if chunks <= stay else (layers * stay + SLOTS) * pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Keys and values partly on disk give the bits of a cache whole in memory, within the memory they were given."""
 
 import gc
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from kernels.attention import CHUNK_TOKENS
 from kernels.kv_block import BlockShape
 from offload.cache import KVCache, use_int8_attention
 from offload.errors import ResourceError, UsageError
+from offload.executor import executor_of, load, new_cache
 from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, resident_chunks
 from offload.memory import FileReader, whole_pages
 from offload.read_queue import ReadQueue
@@ -126,6 +129,30 @@ def test_what_cannot_be_is_refused(model: PreTrainedModel, queue: ReadQueue) -> 
     use_int8_attention(capped)
     with pytest.raises(UsageError, match="--kv-memory: the attention of Gemma2ForCausalLM takes no int8 keys"):
         shelved_cache(capped, queue, budget(1))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "disk"])
+def test_a_model_is_loaded_with_it_and_the_plan_counts_what_is_in_memory(
+    tmp_path: Path, tiny_model: Path, device_map: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights from disk and keys and values from disk share a queue."""
+    from quant.rtn import main
+
+    monkeypatch.setattr("offload.kv_shelf.cache_directory", lambda: tmp_path)
+    copied = tmp_path / "model"
+    shutil.copytree(tiny_model, copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    assert main(["--model", str(copied), "--output", str(tmp_path / "int4"), "--group-size", "32"]) == 0
+    words = {"context_tokens": 5000, "device_map": device_map, "mode": "exact"}
+    prompt, answers, needs = tokens(3000), [], []
+    for more in ({"kv": "int8"}, {"cache_implementation": "offloaded"}):
+        model = load(tmp_path / "int4", **words, **more)
+        answers.append(generate(model, new_cache(model), prompt, max_new_tokens=12, prefill_chunk_size=512))
+        needs.append(executor_of(model).placement.needs.cache_bytes)
+        executor_of(model).close()
+    assert answers[0] == answers[1]
+    assert (needs[0], needs[1]) == (3 * 79 * BlockShape(1, 2, 16, 16).nbytes, (3 + SLOTS) * PAGES)
 
 
 def test_a_damaged_file_is_an_error_and_the_cache_can_be_reset(model: PreTrainedModel, queue: ReadQueue) -> None:
