@@ -5,7 +5,7 @@ attention and the like stay transformers' own. `use_int8_attention` lets a model
 are; of a model without it, layers hand out what they hold in the model's dtype, which is right, and slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,23 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         append_tokens(self.blocks, self.tokens, key_states, value_states, self.key_offset)
         self.tokens += key_states.shape[2]
         context = self.context
-        return _stand_ins(context, self.dtype) if self._direct else dequantize_blocks(context, self.dtype)
+        return self._stand_ins(context) if self._direct else dequantize_blocks(context, self.dtype)
+
+    def _stand_ins(self, context: KVContext) -> tuple[Tensor, Tensor]:
+        """Return tensors of the shape of all keys and values that hold one NaN each: no use of them goes unseen."""
+        shape = context.shape
+        key, value = (
+            torch.full((1,), torch.nan, dtype=self.dtype, device=self.device).expand(
+                shape.batch, shape.key_heads, context.tokens, dim
+            )
+            for dim in (shape.key_dim, shape.value_dim)
+        )
+        key.kv_context, key.kv_parts = context, self.parts  # type: ignore[attr-defined]
+        return key, value
+
+    def parts(self) -> Iterator[tuple[int, int]] | None:
+        """Return ranges of tokens, each in memory until the next is asked for; None: all are."""
+        return None
 
     def make_room(self, tokens: int) -> None:
         """Let an initialised layer have blocks for so many tokens more."""
@@ -203,7 +219,8 @@ def int8_attention(
             raise UsageError(f"{type(module).__name__}: int8 attention knows no {word}")
     mask = None if attention_mask is None else _seen(attention_mask)[..., : context.tokens]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return attention(query, context, scale, mask).transpose(1, 2).contiguous(), None
+    out = attention(query, context, scale, mask, key.kv_parts())  # type: ignore[attr-defined]
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _seen(mask: Tensor) -> Tensor:
@@ -214,19 +231,6 @@ def _seen(mask: Tensor) -> Tensor:
     if not (seen | (mask <= torch.finfo(mask.dtype).min / 2)).all():
         raise UsageError("int8 attention takes masks, not biases of the scores")
     return seen
-
-
-def _stand_ins(context: KVContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return tensors of the shape of all keys and values that hold one NaN each: no use of them goes unseen."""
-    shape, device = context.shape, context.blocks[0].memory.device
-    key, value = (
-        torch.full((1,), torch.nan, dtype=dtype, device=device).expand(
-            shape.batch, shape.key_heads, context.tokens, dim
-        )
-        for dim in (shape.key_dim, shape.value_dim)
-    )
-    key.kv_context = context  # type: ignore[attr-defined]
-    return key, value
 
 
 AttentionInterface.register(INT8_ATTENTION, int8_attention)

@@ -41,6 +41,7 @@ from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import KVFormat, Wishes, WishWords, flag
 from offload.read_queue import ReadQueue, read_blob
+from offload.shelved_layer import shelved_cache
 from offload.skeleton import build_skeleton, read_config
 from offload.transfer import Slots
 from offload.units import Units, without
@@ -104,6 +105,7 @@ def load(
         batch_size=batch_size,
         chunk_tokens=prefill_chunk_tokens,
         kv=wishes.kv,
+        kv_bytes=wishes.kv_bytes,
     )
     executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison)
     try:
@@ -120,7 +122,7 @@ def load(
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
     if wishes.kv == "int8" and not use_int8_attention(model, key_offsets):
         _log.warning("%s: its attention takes no int8 keys; they are widened at every step", type(model).__name__)
-    executor.kv = wishes.kv
+    executor.kv, executor.kv_bytes = wishes.kv, wishes.kv_bytes
     model._streaming = executor
     model.hf_device_map = {"": "cpu"} | {
         blob.module: "disk" if tier == "disk" else "cpu"
@@ -157,7 +159,12 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     taken = inspect.signature(model.forward).parameters
     if "past_key_values" not in taken or not model._supports_default_dynamic_cache():
         return None
-    return KVCache.of(model) if executor_of(model).kv == "int8" else DynamicCache(config=model.config)
+    executor = executor_of(model)
+    if executor.kv is None:
+        return DynamicCache(config=model.config)
+    return (
+        KVCache.of(model) if executor.kv_bytes is None else shelved_cache(model, executor.kv_queue, executor.kv_bytes)
+    )
 
 
 def executor_of(model: PreTrainedModel) -> "Executor":
@@ -189,6 +196,8 @@ class Executor:
         self._views: dict[tuple[int, int], LayerView] = {}
         self._embedding: DiskEmbedding | None = None
         self.kv: KVFormat | None = None
+        self.kv_bytes: int | None = None
+        self._kv_queue: ReadQueue | None = None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -208,6 +217,13 @@ class Executor:
             yield
         finally:
             self._after(position, layer, (), None)
+
+    @property
+    def kv_queue(self) -> ReadQueue:
+        """Reads keys and values back: the queue of the weights, where some are streamed."""
+        if self._kv_queue is None:
+            self._kv_queue = self.queue or ReadQueue(self.reader, verify)
+        return self._kv_queue
 
     @property
     def stats(self) -> StreamingStats:
@@ -291,8 +307,9 @@ class Executor:
 
     def close(self) -> None:
         """Stop reading and close the files; the model cannot run afterwards."""
-        if self.queue is not None:
-            self.queue.close()
+        for queue in {self.queue, self._kv_queue}:
+            if queue is not None:
+                queue.close()
         self.reader.close()
         if self._embedding is not None:
             self._embedding.close()

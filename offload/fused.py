@@ -72,7 +72,7 @@ class FusedLayer:
         if angles is None or angles[0].dtype != hidden.dtype or self._index >= len(layers):
             return None
         cache: DynamicLayer | Int8Layer = layers[self._index]
-        if isinstance(cache, Int8Layer):
+        if type(cache) is Int8Layer:  # not what lies on a shelf in part, which modules take chunk by chunk
             return cache if cache.batch_size == 1 and cache.dtype == hidden.dtype else None
         if type(cache) is not DynamicLayer or not cache.is_initialized:
             return None

@@ -132,6 +132,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
         batch_size=options.batch,
         chunk_tokens=PREFILL_TOKENS,
         kv=wishes.kv,
+        kv_bytes=wishes.kv_bytes,
     )
     if wishes.gpu_word is None:
         plan(needs, wishes)

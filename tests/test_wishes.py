@@ -39,6 +39,10 @@ def parsed(*flags: str) -> Wishes:
         ({"n_gpu_layers": 0}, Wishes(gpu_layers=0)),
         ({"gpu_weights_percent": 12.5}, Wishes(gpu_percent=12.5)),
         ({"cpu_offload_gb": 0.5}, Wishes(cpu_offload_bytes=1 << 29)),
+        ({"kv": "int8", "kv_memory": "1MiB"}, Wishes(kv="int8", kv_bytes=1 << 20)),
+        ({"cache_implementation": "dynamic"}, Wishes()),
+        ({"cache_implementation": "quantized", "kv_memory": 7}, Wishes(kv="int8", kv_bytes=7)),
+        ({"cache_implementation": "offloaded", "kv": "int8"}, Wishes(kv="int8", kv_bytes=0)),
     ],
 )
 def test_words(words: dict[str, Any], expected: Wishes) -> None:
@@ -60,6 +64,19 @@ def test_flags_say_the_same_as_words() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ({"kv_memory": "1GiB"}, "--kv-memory: only keys and values in 8 bits can lie on disk; add --kv int8"),
+        (
+            {"cache_implementation": "static"},
+            "--cache-implementation static: expected dynamic, quantized or offloaded",
+        ),
+        (
+            {"kv": "int8", "cache_implementation": "dynamic"},
+            "--kv and --cache-implementation: both say how keys and values are kept; leave one of them out",
+        ),
+        (
+            {"kv_memory": 7, "cache_implementation": "offloaded"},
+            "--kv-memory and --cache-implementation: both say how much of them lies in memory; leave one of them out",
+        ),
         (
             {"cpu_memory": "1GiB", "max_memory": {"cpu": "2GiB"}},
             "--cpu-memory and --max-memory: both are a budget for the CPU; leave one of them out",

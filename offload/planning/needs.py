@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 
 from kernels.kv_block import BLOCK_TOKENS, BlockShape
 from offload.checkpoint import Checkpoint, LayerBlob
+from offload.kv_shelf import shelved_bytes
 from offload.memory import own_memory_bytes, whole_pages
 from offload.planning.wishes import KVFormat
 from offload.units import Units
@@ -95,17 +96,19 @@ def count_needs(
     chunk_tokens: int,
     device_runtime_bytes: int = 0,
     kv: KVFormat | None = None,
+    kv_bytes: int | None = None,
 ) -> Needs:
     """Return the needs of a checkpoint in this process, as it is before loading.
 
     units: what of it can be had apart. element_bytes: of activations, keys and values, and of what is not quantized.
     chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for element_bytes.
+    kv_bytes: of them in memory, see `Wishes`. Raises ResourceError if that is too little.
     """
     fixed = sum(blob.nbytes for blob in checkpoint.blobs if not blob.module)
     return Needs(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
         fixed_bytes=int(fixed * element_bytes / 2),
-        cache_bytes=batch_size * cache_bytes(config, context_tokens, element_bytes, kv),
+        cache_bytes=_cache_in_memory(config, context_tokens, element_bytes, batch_size, kv, kv_bytes),
         activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens)),
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
@@ -133,6 +136,33 @@ def _table_bytes(blob: LayerBlob, name: str) -> int:
     return blob.tensors[name].nbytes
 
 
+def _cache_in_memory(
+    config: PretrainedConfig,
+    context_tokens: int,
+    element_bytes: int,
+    batch_size: int,
+    kv: KVFormat | None,
+    kv_bytes: int | None,
+) -> int:
+    """Return the bytes of keys and values that are in memory, of a batch."""
+    whole = batch_size * cache_bytes(config, context_tokens, element_bytes, kv)
+    if kv_bytes is None or not whole:
+        return whole
+    layers, shape = _blocks(config, batch_size)
+    shelved = layers * shape.nbytes * -(-context_tokens // BLOCK_TOKENS)
+    return whole - shelved + shelved_bytes(kv_bytes, layers, shape, context_tokens)
+
+
+def _blocks(config: PretrainedConfig, batch_size: int) -> tuple[int, BlockShape]:
+    """Return how many layers attend to their whole past, and the shape of their blocks."""
+    text = config.get_text_config(decoder=True)
+    kinds, query_heads = getattr(text, "layer_types", None) or (), text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
+    layers = kinds.count("full_attention") if kinds else text.num_hidden_layers
+    return layers, BlockShape(batch_size, heads, head_dim, head_dim)
+
+
 def cache_bytes(config: PretrainedConfig, context_tokens: int, element_bytes: int, kv: KVFormat | None = None) -> int:
     """Return the bytes of keys and values of `context_tokens` tokens, all layers, for one sequence.
 
@@ -144,10 +174,10 @@ def cache_bytes(config: PretrainedConfig, context_tokens: int, element_bytes: in
         return 0
     heads = getattr(text, "num_key_value_heads", None) or query_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    count, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ()
-    whole = 0 if kv is None else kinds.count("full_attention") if kinds else count
-    blocks = BlockShape(1, heads, head_dim, head_dim).nbytes * -(-context_tokens // BLOCK_TOKENS)
-    return int(2 * (count - whole) * heads * head_dim * context_tokens * element_bytes) + whole * blocks
+    layers, shape = _blocks(config, 1)
+    whole, blocks = 0 if kv is None else layers, shape.nbytes * -(-context_tokens // BLOCK_TOKENS)
+    plain = text.num_hidden_layers - whole
+    return int(2 * plain * heads * head_dim * context_tokens * element_bytes) + whole * blocks
 
 
 def activation_bytes(config: PretrainedConfig, chunk_tokens: int) -> int:

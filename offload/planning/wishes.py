@@ -29,7 +29,9 @@ class WishWords(TypedDict, total=False):
     spread what is kept between what is streamed), "sequential" (keep the first layers), or modules and their devices.
     gpu_weights_percent: share of the layers on the GPU (FlexGen). cpu_offload_gb: GiB of layers to leave in host memory
     (vLLM). n_gpu_layers: layers on the GPU, -1 for all (llama.cpp). slots: of the ring that disk is read into.
-    kv: "int8" for keys and values in 8 bits, else they are of the model's dtype.
+    kv: "int8" for keys and values in 8 bits, else they are of the model's dtype. kv_memory: of those in 8 bits, what
+    may lie in memory, the rest on disk; 0 for as little as can be. cache_implementation: both in transformers' words,
+    "dynamic" for the model's dtype, "quantized" for 8 bits, "offloaded" for these with a kv_memory of 0.
     """
 
     cpu_memory: Size | None
@@ -41,6 +43,8 @@ class WishWords(TypedDict, total=False):
     n_gpu_layers: int | None
     slots: int | None
     kv: str | None
+    kv_memory: Size | None
+    cache_implementation: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class Wishes:
     spreading what is kept. devices: of modules by their name, None to choose; layers: the same of every decoder layer,
     once the model is known. gpu_layers, gpu_percent, cpu_offload_bytes: how much of the layers is to lie on the GPU or
     beside it; at most one of the three is not None. slots: of the ring that disk is read into, None to choose. kv: of
-    keys and values, None for the model's dtype.
+    keys and values, None for the model's dtype. kv_bytes: of them in memory, None for all; with a kv alone.
     """
 
     cpu_bytes: int | None = None
@@ -64,6 +68,7 @@ class Wishes:
     slots: int | None = None
     layers: tuple[Device, ...] | None = None
     kv: KVFormat | None = None
+    kv_bytes: int | None = None
 
     @classmethod
     def of(cls, words: WishWords) -> "Wishes":
@@ -81,8 +86,7 @@ class Wishes:
             raise _contradiction("device_map", shares[0], "both say which layers are on the GPU")
         if devices is not None and "gpu" in sizes and "gpu" not in dict(devices).values():
             raise _contradiction("device_map", "gpu_memory", "no module of the map is on the GPU")
-        if made.get("kv", "int8") != "int8":
-            raise UsageError(f"{flag('kv')} {made['kv']}: expected int8")
+        kv, kv_bytes = _kept(made)
         return cls(
             sizes.get("cpu"),
             sizes.get("gpu"),
@@ -92,7 +96,8 @@ class Wishes:
             _bounded(made, "gpu_weights_percent", 0, 100),
             _in_bytes(_bounded(made, "cpu_offload_gb", 0, None)),
             _bounded(made, "slots", 1, 3, whole=True),
-            kv=made.get("kv"),
+            kv=kv,
+            kv_bytes=kv_bytes,
         )
 
     def on(self, modules: Collection[str], layers: Sequence[str]) -> "Wishes":
@@ -145,6 +150,8 @@ def add_wish_flags(parser: argparse.ArgumentParser) -> None:
     add("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU, -1 for all, as in llama.cpp")
     add("--slots", type=int, metavar="N", help="of the ring that disk is read into, 1 to 3; default: as planned")
     add("--kv", metavar="FORMAT", help="int8: keys and values in half of their bytes; default: the model's dtype")
+    add("--kv-memory", metavar="SIZE", help="of keys and values in int8, what may lie in memory, the rest on disk")
+    add("--cache-implementation", metavar="KIND", help="the same in transformers' words: dynamic, quantized, offloaded")
 
 
 def words_of(options: argparse.Namespace) -> WishWords:
@@ -228,6 +235,26 @@ def _bounded(made: dict[str, Any], word: str, least: int, most: int | None, whol
         bounds = f"from {least} up" if most is None else f"between {least} and {most}"
         raise UsageError(f"{flag(word)} {value}: expected {kind} {bounds}")
     return value
+
+
+def _kept(made: dict[str, Any]) -> tuple[KVFormat | None, int | None]:
+    """Return how keys and values are kept, and how much of them in memory."""
+    kind, kv = made.get("cache_implementation"), made.get("kv")
+    if kv not in (None, "int8"):
+        raise UsageError(f"{flag('kv')} {kv}: expected int8")
+    if kind not in (None, "dynamic", "quantized", "offloaded"):
+        raise UsageError(f"{flag('cache_implementation')} {kind}: expected dynamic, quantized or offloaded")
+    if kind == "dynamic" and kv is not None:
+        raise _contradiction("kv", "cache_implementation", "both say how keys and values are kept")
+    if kind == "offloaded" and "kv_memory" in made:
+        raise _contradiction("kv_memory", "cache_implementation", "both say how much of them lies in memory")
+    in_8_bits = kv == "int8" or kind in ("quantized", "offloaded")
+    if "kv_memory" in made and not in_8_bits:
+        raise UsageError(f"{flag('kv_memory')}: only keys and values in 8 bits can lie on disk; add --kv int8")
+    kv_bytes = 0 if kind == "offloaded" else None
+    if "kv_memory" in made:
+        kv_bytes = _size(made["kv_memory"], flag("kv_memory")) if str(made["kv_memory"]) != "0" else 0
+    return "int8" if in_8_bits else None, kv_bytes
 
 
 def _in_bytes(gib: float | None) -> int | None:

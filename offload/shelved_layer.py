@@ -1,0 +1,127 @@
+"""A layer of the int8 cache that keeps in memory what it may, and the rest on a shelf."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kernels.attention import CHUNK_TOKENS
+from kernels.kv_block import BLOCK_TOKENS
+from offload.cache import INT8_ATTENTION, Int8Layer, KVCache
+from offload.errors import UsageError
+from offload.kv_shelf import CHUNK_BLOCKS, Chunk, Shelf
+from offload.read_queue import ReadQueue
+
+
+class ShelvedLayer(Int8Layer):
+    """As `Int8Layer`, of which the first chunks and the one that is written to stay in memory, the others on a shelf.
+
+    index: of the layer on its shelf. Its attention has to read the blocks, chunk by chunk as `parts` says.
+    """
+
+    def __init__(self, index: int, shelf: Shelf, key_offset: Tensor | None = None) -> None:
+        super().__init__(key_offset, direct=True)
+        self._index, self._shelf = index, shelf
+        self._chunks: list[Chunk | None] = []  # None: on the shelf
+
+    def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Add N tokens, [B, K, N, D], no more than a chunk of them in memory at once; return stand-ins of all."""
+        start, count = 0, key_states.shape[2]
+        while start < count or count == 0:
+            stop = min(count, start + CHUNK_TOKENS - self.tokens % CHUNK_TOKENS)
+            found = super().update(key_states[:, :, start:stop], value_states[:, :, start:stop])
+            self._shelve()
+            start = stop
+        return found
+
+    def make_room(self, tokens: int) -> None:
+        """Let an initialised layer have chunks for so many tokens more."""
+        while len(self.blocks) * BLOCK_TOKENS < self.tokens + tokens:
+            chunk = Chunk(self.blocks.shape)
+            self._chunks.append(chunk)
+            for block in chunk.blocks:
+                self.blocks.append(block)
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Yield ranges of tokens, each in memory until the next is asked for."""
+        for number, chunk in enumerate(self._chunks):
+            part = number * CHUNK_TOKENS, min((number + 1) * CHUNK_TOKENS, self.tokens)
+            if chunk is not None:
+                yield part
+                continue
+            with self._shelf.lend(self._index, number - self._first) as lent:
+                self._place(number, lent)
+                try:
+                    yield part
+                finally:
+                    self._place(number, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks in memory; the shelf's slots, which all layers share, are not among them."""
+        return sum(chunk.arena.nbytes for chunk in self._chunks if chunk is not None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens. Raises ValueError as `Int8Layer`, and what a read raises."""
+        super().crop(tokens_to_remove)
+        number = self.tokens // CHUNK_TOKENS
+        del self._chunks[-(-self.tokens // CHUNK_TOKENS) :]
+        if number < len(self._chunks):  # it is written to again
+            chunk = self._chunks[number]
+            if chunk is None:
+                chunk = self._chunks[number] = Chunk(self.blocks.shape)
+                self._shelf.fetch(self._index, number - self._first, chunk)
+            self.blocks.truncate(number * CHUNK_BLOCKS)
+            for block in chunk.blocks:
+                self.blocks.append(block)
+        self._shelf.forget(self._index, self._chunks.count(None))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._chunks.clear()
+        self._shelf.forget(self._index, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Raise UsageError unless every sequence goes on as it is: chunks on the shelf are never written again."""
+        if self._blocks is None:
+            return
+        everyone = torch.arange(self._blocks.shape.batch)
+        chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        if not torch.equal(chosen.cpu(), everyone):
+            raise UsageError("--kv-memory: beams and batches that change need all keys and values in memory")
+
+    @property
+    def _first(self) -> int:
+        """The first chunk that may go to the shelf."""
+        return self._shelf.resident(self.blocks.shape) - 1
+
+    def _shelve(self) -> None:
+        """Put away what is full and not to stay."""
+        for number in range(self._first, self.tokens // CHUNK_TOKENS):
+            chunk = self._chunks[number]
+            if chunk is not None:
+                self._shelf.put(self._index, chunk)
+                self._place(number, None)
+                self._chunks[number] = None
+
+    def _place(self, number: int, chunk: Chunk | None) -> None:
+        for at in range(CHUNK_BLOCKS):
+            self.blocks.place(number * CHUNK_BLOCKS + at, None if chunk is None else chunk.blocks[at])
+
+
+def shelved_cache(model: PreTrainedModel, queue: ReadQueue, budget_bytes: int) -> KVCache:
+    """Return an empty int8 cache of which so much is kept in memory, the rest in a file that goes with the cache.
+
+    queue: reads it back. Raises UsageError if the model's attention does not read int8 blocks.
+    """
+    cache = KVCache.of(model)
+    if model.config.get_text_config(decoder=True)._attn_implementation != INT8_ATTENTION:
+        raise UsageError(f"--kv-memory: the attention of {type(model).__name__} takes no int8 keys and values in parts")
+    places = [place for place, layer in enumerate(cache.layers) if isinstance(layer, Int8Layer)]
+    shelf = Shelf(queue, budget_bytes, len(places))
+    for index, place in enumerate(places):
+        cache.layers[place] = ShelvedLayer(index, shelf, cache.layers[place].key_offset)
+    return cache
