@@ -90,7 +90,7 @@ def test_recovery_is_by_what_is_better() -> None:
     [
         (["--batch-size", "0"], 2, "--batch-size 0: expected at least 1"),
         (["--limit", "0"], 2, "--limit 0: expected at least 1"),
-        (["--model", "nowhere"], 3, "nowhere"),
+        (["--context", "0"], 2, "--context 0: expected at least 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(
