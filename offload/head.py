@@ -62,16 +62,11 @@ class StreamedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, in x's dtype."""
-        return self.multiply(x, None)
-
-    def multiply(self, x: Tensor, rows: int | None) -> Tensor:
-        """Return the same, of x [B, ..., K] at most `rows` of B in a product; each block is read once for all."""
-        out, rows = x.new_empty(*x.shape[:-1], self.out_features), rows or max(1, len(x))
+        out = x.new_empty(*x.shape[:-1], self.out_features)
         for index, (start, stop) in enumerate(self._spans):
             with self._lent(index) as weight:
                 bias = None if self.bias is None else self.bias[start:stop]
-                for part, target in zip(x.split(rows), out.split(rows), strict=True):
-                    target[..., start:stop] = dequant_matmul(part, weight, bias, self.mode)
+                out[..., start:stop] = dequant_matmul(x, weight, bias, self.mode)
         return out
 
     @contextmanager

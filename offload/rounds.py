@@ -4,9 +4,6 @@ Each sequence is an ordinary `generate()` in a thread of its own, of which one a
 still before each pass, and before each unit of the ring, until every other one of the round has come there too. So a
 unit is read once for all of them, each of them computes what it would compute alone, bit for bit, and one that fails or
 is cancelled leaves the others as they were. Who comes during a round takes part in the next.
-
-The head, a third of what a small model reads, is multiplied once for several: a packed product gives a row the same
-bits in a batch of five as alone, see `kernels.cpu_matmul`.
 """
 
 import time
@@ -16,18 +13,11 @@ from dataclasses import dataclass
 from threading import Condition, Semaphore, Thread, current_thread
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from kernels.cpu_matmul import compiled_library
 from offload.executor import executor_of
-from offload.head import StreamedHead
-from offload.linear import PackedLinear
 
 _BEFORE_A_PASS = -1
-_BEFORE_THE_HEAD = 1 << 30
-_ROWS_TOGETHER = 5
 _WINDOW_ROUNDS = 32
 
 
@@ -47,8 +37,6 @@ class Sequence:
         self._thread = Thread(target=self._work, name="sequence", daemon=True)
         self.at: int | None = _BEFORE_A_PASS
         self.cancelled = False
-        self.hidden: Tensor | None = None
-        self.logits: Tensor | BaseException | None = None
 
     def start(self) -> None:
         """Run until the first pass; return then."""
@@ -70,16 +58,6 @@ class Sequence:
         self._go.acquire()
         if self.cancelled:
             raise Cancelled
-
-    def multiply(self, hidden: Tensor) -> Tensor:
-        """Stand still, in the sequence's own thread, until the logits [1, 1, V] of hidden [1, 1, H] are there."""
-        self.hidden = hidden
-        self.pause(_BEFORE_THE_HEAD)
-        logits, self.logits, self.hidden = self.logits, None, None
-        if isinstance(logits, BaseException):
-            raise logits
-        assert logits is not None, "the rounds leave logits or an error"
-        return logits
 
     def drop(self) -> None:
         """End what was never started."""
@@ -126,11 +104,6 @@ class Rounds:
         self.rounds = 0
         self.recent: deque[Round] = deque(maxlen=_WINDOW_ROUNDS)
         self._hook = model.register_forward_pre_hook(self._before_pass)
-        self._head: Any = model.get_output_embeddings()
-        self._head_forward: Callable[[Tensor], Tensor] = self._head.forward
-        packed = isinstance(model.get_output_embeddings(), PackedLinear | StreamedHead)
-        if packed and compiled_library() is not None:
-            self._head.forward = self._at_head
         if self._executor.slots is not None:
             self._executor.slots.gate = self
         self._thread = Thread(target=self._work, name="rounds", daemon=True)
@@ -173,7 +146,6 @@ class Rounds:
             self._change.notify_all()
         self._thread.join()
         self._hook.remove()
-        self._head.forward = self._head_forward
         if self._executor.slots is not None:
             self._executor.slots.gate = None
 
@@ -189,12 +161,6 @@ class Rounds:
 
     def _before_pass(self, model: Any, arguments: Any) -> None:
         self.arrive(_BEFORE_A_PASS)
-
-    def _at_head(self, hidden: Tensor) -> Tensor:
-        running = self._running
-        if running is None or not running.is_current() or hidden.shape[:-1] != (1, 1):
-            return self._head_forward(hidden)
-        return running.multiply(hidden)
 
     def _work(self) -> None:
         while True:
@@ -218,10 +184,6 @@ class Rounds:
         self._advance(members)
         while there := [sequence for sequence in members if sequence.at is not None and sequence.at >= 0]:
             position = min(sequence.at for sequence in there if sequence.at is not None)
-            if position == _BEFORE_THE_HEAD:
-                self._multiply(there)
-                self._advance(there)
-                continue
             self._shared = position
             self._advance([sequence for sequence in there if sequence.at == position])
             self._shared = None
@@ -231,25 +193,6 @@ class Rounds:
             self.rounds += 1
             nbytes = self._executor.stats.bytes_read - read
             self.recent.append(Round(time.perf_counter() - started, len(members), nbytes))
-
-    @torch.inference_mode()
-    def _multiply(self, sequences: list[Sequence]) -> None:
-        """Give every sequence its logits, or what kept them from it."""
-        waiting = [sequence for sequence in sequences if not sequence.cancelled]
-        if not waiting:
-            return
-        try:
-            hidden = torch.cat([sequence.hidden for sequence in waiting if sequence.hidden is not None])
-            if isinstance(self._head, StreamedHead):
-                logits = self._head.multiply(hidden, _ROWS_TOGETHER)
-            else:
-                logits = torch.cat([self._head_forward(rows) for rows in hidden.split(_ROWS_TOGETHER)])
-        except Exception as error:
-            for sequence in waiting:
-                sequence.logits = error
-            return
-        for sequence, row in zip(waiting, logits.split(1), strict=True):
-            sequence.logits = row
 
     def _advance(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

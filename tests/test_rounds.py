@@ -1,21 +1,14 @@
 """Sequences that share the passes of a model: tokens, reads, and what one of them does to the others."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
-import torch
 
-from eval.speed.random_model import SHAPES, write_checkpoint
 from offload.errors import CheckpointError
-from offload.executor import executor_of, load
-from offload.head import StreamedHead
-from offload.planning.choice import plan
-from offload.planning.needs import Needs
-from offload.planning.placement import Placement
+from offload.executor import executor_of
 from offload.rounds import Cancelled, Rounds, Sequence
 from offload.sampling import Sampling
 from offload.session import Prompts, Session
@@ -175,69 +168,3 @@ def test_closing_ends_what_runs_and_what_comes(session: Session) -> None:
     assert isinstance(asked[2].error, Cancelled)
     assert asked[2].alone() == asked[2].alone()
     assert executor_of(session.model).slots is None or executor_of(session.model).slots.gate is None
-
-
-@pytest.fixture(scope="module")
-def packed_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("random") / "tiny.int4"
-    write_checkpoint(SHAPES["tiny"], directory)
-    return directory
-
-
-@pytest.mark.parametrize("mode", ["fast", "exact"])
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_packed_head_is_multiplied_once_for_several_and_changes_no_bit(
-    packed_head: Path, in_blocks: bool, mode: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def planned(needs: Needs, *arguments: Any) -> Placement:
-        placement = plan(needs, *arguments)
-        tiers: Any = ["disk" if at % 2 == 0 else "host" for at in range(len(needs.head_blocks_bytes))]
-        return replace(placement, needs=placement.needs.without_head(), head_tiers=tuple(tiers))
-
-    if in_blocks:
-        monkeypatch.setattr("offload.units._BLOCK_BYTES", 40_000)
-        monkeypatch.setattr("offload.executor.plan", planned)
-    model = load(packed_head, device_map="disk", poison=True, mode=mode)
-    head, executor = model.get_output_embeddings(), executor_of(model)
-    assert isinstance(head, StreamedHead) == in_blocks
-
-    @torch.inference_mode()
-    def generate(number: int) -> tuple[list[int], torch.Tensor]:
-        tokens = torch.arange(1 + number, 1 + number + 2 * number % 7 + 1)[None]
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
-        out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), output_logits=True, return_dict_in_generate=True, **options
-        )
-        return out.sequences[0].tolist(), torch.cat(out.logits)
-
-    expected = [generate(number) for number in range(13)]
-    sizes: list[int] = []
-    product = "offload.head.dequant_matmul" if in_blocks else "offload.linear.dequant_matmul"
-
-    def counting(x: torch.Tensor, weight: Any, *arguments: Any) -> torch.Tensor:
-        if weight.bits == 8:
-            sizes.append(len(x))
-        return real(x, weight, *arguments)
-
-    from kernels.matmul import dequant_matmul as real
-
-    monkeypatch.setattr(product, counting)
-    found: dict[int, Any] = {}
-    ends = [Event() for _ in expected]
-    rounds = Rounds(model, 16)
-    with rounds._change:
-        for number, end in enumerate(ends):
-            run = lambda number=number: found.update({number: generate(number)})  # noqa: E731
-            rounds._waiting.append(Sequence(run, lambda error, end=end: end.set()))
-        before = executor.stats.layer_reads
-        rounds._change.notify_all()
-    assert all(end.wait(60) for end in ends)
-    rounds.close()
-    read, count = executor.stats.layer_reads - before, rounds.rounds
-    assert [found[number][0] for number in range(13)] == [tokens for tokens, _ in expected]
-    assert all(torch.equal(found[number][1], logits) for number, (_, logits) in enumerate(expected))
-    assert count == NEW_TOKENS
-    assert set(sizes) == {5, 3}
-    assert abs(read - count * len(executor.streamed_blobs)) <= 3
-    assert generate(3)[0] == expected[3][0]
-    executor.close()
