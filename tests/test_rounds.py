@@ -90,6 +90,26 @@ def test_more_than_may_run_wait_in_line(session: Session) -> None:
     assert [one.tokens for one in asked] == [one.alone() for one in asked]
 
 
+def test_without_a_thread_left_one_is_refused_and_the_next_one_runs(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, taken = (Asked(session, "The fox", Sampling()) for _ in range(2))
+
+    def start() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(refused.sequence._thread, "start", start)
+    rounds = Rounds(session.model, 2)
+    for one in (refused, taken):
+        rounds.add(one.sequence)
+        assert one.done.wait(60)
+    assert rounds.alive
+    rounds.close()
+    assert not rounds.alive
+    assert str(refused.error) == "can't start new thread"
+    assert taken.tokens == taken.alone()
+
+
 class Failing:
     """A streamer that fails, or does something else, at a token."""
 
