@@ -39,7 +39,7 @@ class _Finder(MetaPathFinder):
     """Finds the module where it is, and gives it a loader that wraps the class once it is there; then it is gone."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return what the other finders find, with a loader of ours."""
+        """Return the spec of that one module, None for every other."""
         if fullname != _MODULE:
             return None
         sys.meta_path.remove(self)
@@ -57,12 +57,12 @@ class _Loader(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Do what the module's own loader does."""
+        """Leave it to the loader that was found."""
         created: ModuleType | None = self._loader.create_module(spec)
         return created
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then wrap the class."""
+        """Run the module, then wrap."""
         self._loader.exec_module(module)
         _wrap(module)
 

@@ -43,7 +43,12 @@ class Sequence:
         if self.cancelled:
             self.drop()
             return
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            self.at = None
+            self._ended(error)
+            return
         self._back.acquire()
 
     def resume(self) -> None:
@@ -108,6 +113,11 @@ class Rounds:
             self._executor.slots.gate = self
         self._thread = Thread(target=self._work, name="rounds", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether sequences are still taken up."""
+        return self._thread.is_alive()
 
     @property
     def waiting(self) -> int:

@@ -100,6 +100,8 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     trim_memory()
     prompts = Prompts(options.model)
     context = min(options.context, prompts.longest_tokens)
+    if context < options.context:
+        say(f"context  {context} tokens, all that this model takes")
     session = Session(prompts, options.parallel * context, words, options.exact)
     say(describe(session.executor.placement))
     limit = measure_limit(session.executor)

@@ -78,6 +78,7 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
         "offload.plan",
         "offload.serve",
         "offload.verify",
+        "eval.harness",
         "eval.ppl",
         "eval.compare",
         "eval.quality",

@@ -1,17 +1,23 @@
 """Sequences that share the passes of a model: tokens, reads, and what one of them does to the others."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+import torch
+from test_architectures import FAMILIES, SHARED
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from offload.errors import CheckpointError
-from offload.executor import executor_of
+from offload.executor import executor_of, load
+from offload.planning.choice import plan
 from offload.rounds import Cancelled, Rounds, Sequence
 from offload.sampling import Sampling
 from offload.session import Prompts, Session
+from quant import rtn
 
 TEXTS = ["The quick brown fox", "and", "the dog, being lazy, lets it. " * 20, "Why is the sky blue?"] * 4
 NEW_TOKENS = 6
@@ -88,6 +94,26 @@ def test_more_than_may_run_wait_in_line(session: Session) -> None:
     assert most <= 3
     assert max(r.sequences for r in rounds.recent) == 3
     assert [one.tokens for one in asked] == [one.alone() for one in asked]
+
+
+def test_without_a_thread_left_one_is_refused_and_the_next_one_runs(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, taken = (Asked(session, "The fox", Sampling()) for _ in range(2))
+
+    def start() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(refused.sequence._thread, "start", start)
+    rounds = Rounds(session.model, 2)
+    for one in (refused, taken):
+        rounds.add(one.sequence)
+        assert one.done.wait(60)
+    assert rounds.alive
+    rounds.close()
+    assert not rounds.alive
+    assert str(refused.error) == "can't start new thread"
+    assert taken.tokens == taken.alone()
 
 
 class Failing:
@@ -168,3 +194,37 @@ def test_closing_ends_what_runs_and_what_comes(session: Session) -> None:
     assert isinstance(asked[2].error, Cancelled)
     assert asked[2].alone() == asked[2].alone()
     assert executor_of(session.model).slots is None or executor_of(session.model).slots.gate is None
+
+
+def test_experts_that_are_fetched_serve_whoever_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MixtralConfig(**{**SHARED, **FAMILIES["Mixtral"]})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--group-size", "32"]
+    assert rtn.main(flags) == 0
+    monkeypatch.setattr("offload.executor.plan", lambda *arguments: replace(plan(*arguments), expert_slots=3))
+    model = load(tmp_path / "out", device_map="disk", poison=True)
+
+    @torch.inference_mode()
+    def generate(number: int) -> list[int]:
+        tokens = torch.arange(1 + number, 5 + 2 * number)[None]
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+        found: list[int] = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
+        return found
+
+    expected = [generate(number) for number in range(5)]
+    found: dict[int, list[int]] = {}
+    ends = [Event() for _ in expected]
+    rounds = Rounds(model, 4)
+
+    def asked(number: int) -> Sequence:
+        return Sequence(
+            lambda: found.update({number: generate(number)}),
+            lambda error: ends[number].set(),
+        )
+
+    for number in range(5):
+        rounds.add(asked(number))
+    assert all(end.wait(60) for end in ends)
+    rounds.close()
+    assert [found[number] for number in range(5)] == expected
+    executor_of(model).close()

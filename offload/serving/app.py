@@ -52,7 +52,9 @@ class Service:
         return _Keyed(Starlette(routes=routes, exception_handlers={HTTPException: _refused}), key)
 
     async def _health(self, http: HttpRequest) -> Response:
-        return JSONResponse({"status": "ok", "running": self.rounds.running, "waiting": self.rounds.waiting})
+        status, code = ("ok", 200) if self.rounds.alive else ("failed", 503)
+        state = {"status": status, "running": self.rounds.running, "waiting": self.rounds.waiting}
+        return JSONResponse(state, code)
 
     async def _metrics(self, http: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
