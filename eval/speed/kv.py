@@ -1,6 +1,7 @@
 """One layer's cache and attention while a token is decoded, over the context: int8 blocks against transformers'.
 
-A step appends one token and attends to all of them, as a decoder layer does, and takes the token back. Steps rotate
+"bf16 sdpa" is what transformers does, which copies keys and values to append to them and again for heads to share them;
+"bf16 in place" does neither. A step appends one token and attends to all, and takes the token back. Steps rotate
 through layers that together outgrow the caches. Beside them a loop reads the bytes that the int8 step has to read.
 """
 
@@ -161,7 +162,7 @@ class Contender:
 
 
 class _InPlace(DynamicLayer):  # type: ignore[misc]
-    """Transformers' layer without its copy: keys and values lie in buffers with room for one token more."""
+    """Transformers' layer without its copies: keys and values lie in buffers with room for one token more."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the tokens behind the others; the first call's are the context."""
@@ -200,7 +201,8 @@ def contenders(
         return out
 
     def grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        shared = query.view(1, shape.key_heads, -1, shape.head_dim)  # heads of one key head as its queries
+        return scaled_dot_product_attention(shared, key, value).view(1, 1, shape.heads, shape.head_dim)
 
     blocks = full(lambda: Int8Layer(direct=True))
     yield "int8", Contender(shape, blocks, int8, blocks[0].nbytes // shape.context, token, module)
