@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eval.likelihood import Divergence, Protocol, measure, standard_error
+from eval.results import append, circumstances, command_line
 from kernels.cpu_matmul import cpu_backend
 from kernels.matmul import Mode
 from offload.cache import use_int8_attention
@@ -170,6 +171,7 @@ def _command(argv: list[str]) -> None:
     parser.add_argument("--kv", choices=["int8"], help="read each window through a cache of this format")
     parser.add_argument("--baseline", action="store_true", help="also measure the model the checkpoint was made from")
     parser.add_argument("--record", action="store_true", help="write the figures into the checkpoint's README.md")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="append the figures to a results file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     protocol = replace(protocol_of(options), kv=options.kv)
@@ -189,7 +191,25 @@ def _command(argv: list[str]) -> None:
         baseline = evaluate(*load_original(source), tokens, text, replace(protocol, kv=None))
     if options.record:
         record(directory, result, baseline)
+    if options.results is not None:
+        append(options.results, [circumstances(command_line("eval.ppl", argv)) | _columns(result)])
     _print(result, baseline, options.json)
+
+
+def _columns(result: Perplexity) -> dict[str, Any]:
+    """Return a row of a results file."""
+    return {
+        "model": Path(result.model).name,
+        "kv": result.kv or "",
+        "arithmetic": result.backend,
+        "text": result.text,
+        "text_sha256": result.text_sha256[:16],
+        "windows": result.windows,
+        "window": result.window,
+        "perplexity": round(result.perplexity, 4),
+        "nll": round(result.nll, 5),
+        "nll_stderr": round(result.nll_stderr, 5),
+    }
 
 
 def load_original(source: Path) -> tuple[PreTrainedModel, str, str]:

@@ -1,5 +1,6 @@
 """Perplexity against a plain computation, its protocol and its record; the table of two checkpoints."""
 
+import csv
 import hashlib
 import json
 import math
@@ -400,7 +401,14 @@ def test_reading_through_an_int8_cache_is_the_same_but_for_its_rounding(
     assert direct == pytest.approx(handed, rel=1e-5)
 
 
-def test_the_cache_is_part_of_the_protocol(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cache_is_part_of_the_protocol(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--model", str(tiny_checkpoint), "--window", "64", "--limit-windows", "3"]
-    assert ppl.main([*flags, "--kv", "int8"]) == 0
+    results = tmp_path / "results.csv"
+    assert ppl.main([*flags, "--kv", "int8", "--results", str(results)]) == 0
     assert "scored; keys and values in int8; " in capsys.readouterr().out
+    assert ppl.main([*flags, "--results", str(results)]) == 0
+    rows = list(csv.DictReader(results.open()))
+    assert [row["kv"] for row in rows] == ["int8", ""]
+    assert 0 < abs(float(rows[0]["nll"]) - float(rows[1]["nll"])) < 0.01
