@@ -29,6 +29,7 @@ from offload.command import Parser, run, say
 from offload.convert import opened
 from offload.errors import InputError, UsageError
 from offload.executor import load
+from offload.kv_calibration import KV_NAME
 from offload.planning.wishes import KVFormat
 from offload.source import DEFAULT_OUTPUT, resolve_model
 from offload.text import Text, load_text, load_tokenizer, tokenize
@@ -198,9 +199,10 @@ def _command(argv: list[str]) -> None:
 
 def _columns(result: Perplexity) -> dict[str, Any]:
     """Return a row of a results file."""
+    calibrated = result.kv is not None and (Path(result.model) / KV_NAME).exists()
     return {
         "model": Path(result.model).name,
-        "kv": result.kv or "",
+        "kv": f"{result.kv or ''}{', offsets' if calibrated else ''}",
         "arithmetic": result.backend,
         "text": result.text,
         "text_sha256": result.text_sha256[:16],

@@ -409,6 +409,6 @@ def test_the_cache_is_part_of_the_protocol(
     assert ppl.main([*flags, "--kv", "int8", "--results", str(results)]) == 0
     assert "scored; keys and values in int8; " in capsys.readouterr().out
     assert ppl.main([*flags, "--results", str(results)]) == 0
-    rows = list(csv.DictReader(results.open()))
+    rows = list(csv.DictReader(results.read_text().splitlines()))
     assert [row["kv"] for row in rows] == ["int8", ""]
     assert 0 < abs(float(rows[0]["nll"]) - float(rows[1]["nll"])) < 0.01
