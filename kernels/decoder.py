@@ -109,25 +109,8 @@ class CompiledLayer:
         filled; the next is written in place. mode, level: see `dequant_matmul_cpu`.
         Attention is over all `tokens` + 1; the sums do not depend on the number of threads.
         """
-        out = torch.empty_like(hidden)
-        library, self._struct.rotary = _library(), cos.shape[-1]
-        library.int4_decode(
-            cpu_level() if level is None else level,
-            torch.get_num_threads(),
-            mode == "exact",
-            self._address,
-            hidden.data_ptr(),
-            _DTYPES[hidden.dtype],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            _DTYPES[keys.dtype],
-            keys.shape[1],
-            tokens,
-            out.data_ptr(),
-        )
-        return out
+        past = (keys.data_ptr(), values.data_ptr(), _DTYPES[keys.dtype], keys.shape[1], tokens)
+        return self._run(_library().int4_decode, (hidden, cos, sin), past, mode, level)
 
     def step_int8(
         self,
@@ -144,9 +127,17 @@ class CompiledLayer:
 
         blocks, tokens, key_offset: as of a `KVContext` before this token.
         """
+        past = (ctypes.byref(context_struct(blocks, tokens, key_offset)),)
+        return self._run(_library().int4_decode_blocks, (hidden, cos, sin), past, mode, level)
+
+    def _run(
+        self, decode: Any, token: tuple[Tensor, Tensor, Tensor], past: tuple[Any, ...], mode: Mode, level: int | None
+    ) -> Tensor:
+        """Call the compiled step: token is the hidden state and its angles, past what the step takes of the cache."""
+        hidden, cos, sin = token
         out = torch.empty_like(hidden)
-        library, self._struct.rotary = _library(), cos.shape[-1]
-        library.int4_decode_blocks(
+        self._struct.rotary = cos.shape[-1]
+        decode(
             cpu_level() if level is None else level,
             torch.get_num_threads(),
             mode == "exact",
@@ -155,7 +146,7 @@ class CompiledLayer:
             _DTYPES[hidden.dtype],
             cos.data_ptr(),
             sin.data_ptr(),
-            ctypes.byref(context_struct(blocks, tokens, key_offset)),
+            *past,
             out.data_ptr(),
         )
         return out
