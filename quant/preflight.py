@@ -22,7 +22,7 @@ from quant.layer import linears
 from quant.plan import Plan
 from quant.sensitivity import average_bits
 from quant.walk import Method
-from quant.walk_inputs import BATCH_SAMPLES
+from quant.walk_inputs import most_batch_samples
 
 _RESERVE_BYTES = 48 << 20
 """Pieces of the source while it is checked; what the allocator and the mathematical libraries keep for themselves."""
@@ -144,7 +144,7 @@ def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
         if type(module) is nn.Linear:
             per_token += _share_of_tokens(plan, layer, name) * (module.in_features + 2 * module.out_features)
     scores = 3 * plan.heads * windows.tokens if plan.eager else 0
-    batch = BATCH_SAMPLES * windows.tokens * (per_token + scores)
+    batch = most_batch_samples(windows.tokens) * windows.tokens * (per_token + scores)
     kept_samples = -(-windows.samples // 8) + 3 * min(8, windows.samples)
     return int(FLOAT_BYTES * (batch + kept_samples * windows.tokens * plan.hidden_size))
 

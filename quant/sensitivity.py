@@ -106,7 +106,9 @@ def candidates(
             yield Candidate(tuple(f"{name}.{key}" for key in members), error, extra)
         if index + 1 < len(layers):
             arguments = inputs.arguments_by_layer[index + 1]
-            inputs = replace(inputs, at_layer=LayerInputs(output_STD, arguments, batch_samples(arguments)))
+            inputs = replace(
+                inputs, at_layer=LayerInputs(output_STD, arguments, batch_samples(arguments, windows.shape[1]))
+            )
         release(layer)
         progress.advance()
 
