@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from offload.command import say
 from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
-from quant.cost import Cost, Shape, Windows
+from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax
 from quant.layer import LayerInputs, UnreachedError, inputs_of, moments
 from quant.scale_groups import sets_by_input
@@ -72,15 +72,25 @@ class Gptq:
         return asdict(self.settings)
 
     def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
-        """Return what a layer whose linears have these shapes will take: AWQ's, and float64 matrices."""
+        """Return what a layer whose linears have these shapes will take.
+
+        Memory, in float64: while a linear's Hessian is made, six matrices [K, K]; while it is rounded, three and some
+        weights [N, K]; a search over candidates. What one pass shows of all linears is held meanwhile; AWQ's scales
+        come before.
+        """
         assert windows is not None, "it needs inputs"
-        scaling = Awq(self.settings.search).cost(shapes, grid, windows)
-        largest = max(8 * (10 * k * k + 10 * n * k) for n, k in shapes)
+        search, scaling = self.settings.search, Awq(self.settings.search).cost(shapes, grid, windows)
+        candidates = search.clip_points * (2 if grid.symmetric else 1)
+        held = 0 if self.settings.sequential else FLOAT_BYTES * sum(k * k for _, k in shapes)
+        largest = held + max(
+            8 * max(6 * k * k + n * k, 3 * k * k + 9 * n * k) + 4 * FLOAT_BYTES * candidates * n * grid.group(k)
+            for n, k in shapes
+        )
         weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
         passes = 2.0 * weights * tokens * (6 if self.needs_original else 3)
         rounding = sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
         operations = passes + rounding + (scaling.operations if self.settings.scale else 0)
-        return Cost(max(scaling.memory_bytes, largest), operations)
+        return Cost(max(scaling.memory_bytes if self.settings.scale else 0, largest), operations)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
@@ -142,7 +152,7 @@ def observe(
             cross += x0_TK.T @ x_TK
     if not tokens:
         raise UnreachedError(f"{name}: not called by any calibration sample")
-    return gram / tokens, cross / tokens if paired else None
+    return gram.div_(tokens), cross.div_(tokens) if paired else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +176,20 @@ class Hessian:
         for all of them if no input is ever other than zero.
         """
         order = gram.diagonal().argsort(descending=True, stable=True)
-        ordered = gram[order][:, order]
-        identity = torch.eye(len(gram), dtype=torch.float64)
         unit = float(gram.diagonal().mean()) or 1.0
+        # With the columns reversed, L L^T = reverse(H) gives H = R R^T, R upper: U = R^-1, in one factorisation.
+        backwards = order.flip(0)
         while True:
-            # With the columns reversed, L L^T = reverse(H) gives H = R R^T, R upper: U = R^-1, in one factorisation.
-            lower, failed = torch.linalg.cholesky_ex((ordered + damping * unit * identity).flip(0, 1))
+            damped = gram[backwards[:, None], backwards]
+            damped.diagonal().add_(damping * unit)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped  # of matrices this large, no more are kept than are needed
             if not failed:
                 break
             damping = max(damping, 1e-6) * _DAMPING_STEP
-        factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        upper = lower.flip(0, 1)
+        del lower
+        factor = torch.linalg.solve_triangular(upper, torch.eye(len(gram), dtype=torch.float64), upper=True)
         return Hessian(gram, order, factor, damping)
 
     def importance(self) -> Tensor:

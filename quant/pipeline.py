@@ -68,18 +68,20 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     name += "" if options.target_bits is None else f"-{options.target_bits:g}bits"
     output: Path = options.output or Path("checkpoints") / name
     amount = Windows(options.num_samples, options.seq_len) if method.needs_inputs else None
+    widens = options.target_bits is not None and amount is not None
     if options.plan:
-        needed = footprint(plan, method, amount)
+        needed = footprint(plan, method, amount, widens)
         needed = replace(needed, runtime_bytes=needed.runtime_bytes + (_TEXT_BYTES if amount else 0))
         print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
         return
     windows, calibration = _calibration(method, options, plan)
     files: dict[str, bytes] = {}
-    if windows is not None and options.target_bits is not None:
+    if windows is not None and widens:
+        footprint(plan, method, amount, widens).within(budget_bytes)
         plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
         grids, measured = widen(plan.model, plan.source, plan.grids, windows, options.target_bits)
         plan, files = with_grids(plan, grids), {SENSITIVITY_NAME: _json([asdict(each) for each in measured])}
-    needed = footprint(plan, method, amount).within(budget_bytes)
+    needed = footprint(plan, method, amount, widens).within(budget_bytes)
     _check_output(output, plan, needed)
     say(describe(plan, method.name, output, amount, needed))
     recipe = Recipe(

@@ -20,9 +20,9 @@ from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Windows
 from quant.layer import linears
 from quant.plan import Plan
-from quant.sensitivity import average_bits
+from quant.sensitivity import average_bits, measuring_cost
 from quant.walk import Method
-from quant.walk_inputs import BATCH_SAMPLES
+from quant.walk_inputs import most_batch_samples
 
 _RESERVE_BYTES = 48 << 20
 """Pieces of the source while it is checked; what the allocator and the mathematical libraries keep for themselves."""
@@ -43,7 +43,8 @@ class Footprint:
     it is in memory. layer: the largest layer, in float32 and packed. method: what the method needs besides it.
     activations: of the samples that run at once. states: hidden states of all samples. output: the checkpoint.
     spilled: whether the states are on disk. seconds: about. reached: the most that the process has had already, as
-    importing libraries that were just installed maps more of their code than running them needs.
+    importing libraries that were just installed maps more of their code than running them needs. sensitivity: what is
+    held while it is measured, before anything is quantized.
     """
 
     runtime_bytes: int
@@ -56,12 +57,14 @@ class Footprint:
     seconds: float
     spilled: bool = False
     reached_bytes: int = 0
+    sensitivity_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that the process will have."""
         at_work = max(self.around_bytes, self.layer_bytes + self.method_bytes + self.activation_bytes)
-        planned = self.runtime_bytes + _RESERVE_BYTES + at_work + (0 if self.spilled else self.states_bytes)
+        at_work = max(at_work + (0 if self.spilled else self.states_bytes), self.sensitivity_bytes)
+        planned = self.runtime_bytes + _RESERVE_BYTES + at_work
         return max(planned, self.reached_bytes)
 
     @property
@@ -92,28 +95,40 @@ class Footprint:
             ("statistics and searches", self.method_bytes),
             ("activations", self.activation_bytes),
             ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
+            ("measuring sensitivity, before that", self.sensitivity_bytes),
         ]
 
 
-def footprint(plan: Plan, method: Method, windows: Windows | None) -> Footprint:
-    """Compute what a run takes, from shapes. windows: None for a method that sees nothing."""
+def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool = False) -> Footprint:
+    """Compute what a run takes, from shapes.
+
+    windows: None for a method that sees nothing. widens: whether sensitivity is measured first, for `--target-bits`.
+    """
     _, layers = decoder_layers(plan.model)
     shapes = [[(x.out_features, x.in_features) for x in linears(layer).values()] for layer in layers]
     costs = [method.cost(layer_shapes, plan.grid, windows) for layer_shapes in shapes]
     values = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     copies = 2 if method.needs_original else 1
-    seconds = sum(cost.operations for cost in costs) / _operations_per_second()
+    operations, sensitivity = sum(cost.operations for cost in costs), 0
+    activations = 0 if windows is None else max(_activation_bytes(plan, layer, windows) for layer in layers)
+    if windows is not None and widens:
+        measuring = [measuring_cost(layer_shapes, plan.grid, windows, plan.hidden_size) for layer_shapes in shapes]
+        operations += sum(cost.operations for cost in measuring)
+        largest = max(cost.memory_bytes for cost in measuring)
+        sensitivity = largest + max(values * FLOAT_BYTES + activations, _around_bytes(plan, windows))
+    seconds = operations / _operations_per_second()
     trim_memory()
     return Footprint(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
         around_bytes=_around_bytes(plan, windows),
         layer_bytes=values * FLOAT_BYTES * copies + max(plan.layers_bytes),
         method_bytes=max(cost.memory_bytes for cost in costs),
-        activation_bytes=0 if windows is None else max(_activation_bytes(plan, layer, windows) for layer in layers),
+        activation_bytes=activations,
         states_bytes=0 if windows is None else _states_bytes(plan, windows) * (3 if method.needs_original else 1),
         output_bytes=plan.expected_bytes,
         seconds=seconds + _READS_OF_SOURCE * plan.source.nbytes / _DISK_BYTES_PER_SECOND,
         reached_bytes=peak_memory_bytes(),
+        sensitivity_bytes=sensitivity,
     )
 
 
@@ -144,7 +159,7 @@ def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
         if type(module) is nn.Linear:
             per_token += _share_of_tokens(plan, layer, name) * (module.in_features + 2 * module.out_features)
     scores = 3 * plan.heads * windows.tokens if plan.eager else 0
-    batch = BATCH_SAMPLES * windows.tokens * (per_token + scores)
+    batch = most_batch_samples(windows.tokens) * windows.tokens * (per_token + scores)
     kept_samples = -(-windows.samples // 8) + 3 * min(8, windows.samples)
     return int(FLOAT_BYTES * (batch + kept_samples * windows.tokens * plan.hidden_size))
 

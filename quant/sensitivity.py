@@ -19,7 +19,8 @@ from offload.errors import UsageError
 from offload.skeleton import decoder_layers
 from offload.source_weights import SourceWeights
 from quant.awq import AwqSettings
-from quant.gptq import Hessian, round_weight
+from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
+from quant.gptq import Gptq, GptqSettings, Hessian, round_weight
 from quant.groupwise import Grid
 from quant.layer import LayerInputs, linears, moments, unreached
 from quant.scale_groups import sets_by_input
@@ -44,6 +45,19 @@ def average_bits(model: nn.Module, grids: Mapping[str, Grid]) -> float:
     weights = {name: model.get_parameter(f"{name}.weight") for name in grids}
     stored_bytes = sum(grids[name].stored_bytes(*weight.shape) for name, weight in weights.items())
     return 8 * stored_bytes / sum(weight.numel() for weight in weights.values())
+
+
+def measuring_cost(shapes: list[Shape], grid: Grid, windows: Windows, hidden_size: int) -> Cost:
+    """Return what measuring a layer takes besides its weights and a run of it, hidden states included.
+
+    Statistics are held for all linears while one is rounded, as in GPTQ's fast tier, and the weights of a set twice.
+    States are the layer's inputs and outputs, and the moved outputs, with what their comparison makes of them.
+    """
+    few = Windows(min(_WINDOWS, windows.samples), windows.tokens)
+    rounding = Gptq(GptqSettings(sequential=False, propagation=0.0)).cost(shapes, grid, few)
+    states = 7 * FLOAT_BYTES * few.samples * few.tokens * hidden_size
+    rounded = FLOAT_BYTES * sum(n * k for n, k in shapes)
+    return Cost(rounding.memory_bytes + rounded + states, rounding.operations)
 
 
 def widen(
@@ -106,7 +120,9 @@ def candidates(
             yield Candidate(tuple(f"{name}.{key}" for key in members), error, extra)
         if index + 1 < len(layers):
             arguments = inputs.arguments_by_layer[index + 1]
-            inputs = replace(inputs, at_layer=LayerInputs(output_STD, arguments, batch_samples(arguments)))
+            inputs = replace(
+                inputs, at_layer=LayerInputs(output_STD, arguments, batch_samples(arguments, windows.shape[1]))
+            )
         release(layer)
         progress.advance()
 

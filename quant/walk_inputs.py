@@ -18,7 +18,9 @@ from offload.source_weights import SourceWeights
 from quant.hidden_states import HiddenStates, fill, new_states
 from quant.layer import LayerInputs
 
-BATCH_SAMPLES = 4
+_BATCH_TOKENS = 512
+"""Tokens that go through a layer at once, enough for products to run at their full speed. Not a matter of the budget:
+another batch sums in another order, and the bytes of a checkpoint would depend on how much memory there was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class WalkInputs:
         """
         arguments = self.arguments_by_layer[index]
         hidden_STD = fill(self.at_layer.hidden_STD, self.at_layer.outputs(layer))
-        inputs = LayerInputs(hidden_STD, arguments, batch_samples(arguments), original_STD)
+        inputs = LayerInputs(hidden_STD, arguments, batch_samples(arguments, hidden_STD.shape[-2]), original_STD)
         return replace(self, at_layer=inputs)
 
 
@@ -80,7 +82,8 @@ def first_inputs(
     for name, state in around.items():
         assign(model, name, state)
     arguments = tuple(recorder.arguments for recorder in recorders)
-    return WalkInputs(LayerInputs(states, arguments[0], batch_samples(arguments[0])), arguments, spill_to)
+    at_first = LayerInputs(states, arguments[0], batch_samples(arguments[0], windows.shape[1]))
+    return WalkInputs(at_first, arguments, spill_to)
 
 
 def _recorded(base: nn.Module, recorders: list["_Recorder"], input_ids: Tensor) -> Tensor:
@@ -102,14 +105,20 @@ def _find_out_what_layers_return(base: nn.Module, recorders: list["_Recorder"], 
         _recorded(base, recorders, input_ids)
 
 
-def batch_samples(arguments: dict[str, Any]) -> int:
-    """Return how many samples may go through a layer at once with the arguments of a call for one.
+def most_batch_samples(tokens: int) -> int:
+    """Return how many samples of `tokens` tokens go through a layer at once, at least one."""
+    return max(1, _BATCH_TOKENS // tokens)
+
+
+def batch_samples(arguments: dict[str, Any], tokens: int) -> int:
+    """Return how many samples of `tokens` tokens may go through a layer at once with the arguments of a call for one.
 
     A tensor of several axes whose first is not 1 is not one for every sample, the biases of BLOOM's heads say: it would
     have to be repeated, and how is not to be seen from here.
     """
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return BATCH_SAMPLES if all(tensor.dim() < 2 or len(tensor) == 1 for tensor in tensors) else 1
+    shared = all(tensor.dim() < 2 or len(tensor) == 1 for tensor in tensors)
+    return most_batch_samples(tokens) if shared else 1
 
 
 class _Recorder(nn.Module):

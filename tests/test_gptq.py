@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,38 @@ def test_the_command_beats_round_to_nearest_and_records_its_settings(
     recipe = Checkpoint.open(tmp_path / "out").recipe
     assert recipe.settings == Gptq(GptqSettings()).settings_json()
     assert load_file(tmp_path / "out" / "model-00002-of-00005.safetensors")
+
+
+ALONE = """
+import sys
+import torch
+from torch import nn
+from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes
+from quant.cost import Windows
+from quant.gptq import Gptq, GptqSettings
+from quant.groupwise import Grid
+from quant.layer import LayerInputs
+
+rows, width, sequential = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "best"
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+give_memory_back_at_once()
+torch.linalg.cholesky_ex(torch.eye(8).double() @ torch.eye(8).double())  # what the libraries keep for themselves
+layer = nn.Sequential(nn.Linear(width, rows))
+hidden_STD = torch.randn(2, 16, width)
+method, grid = Gptq(GptqSettings(sequential=sequential, propagation=0.5 * sequential)), Grid(64, False)
+before = own_memory_bytes() + 4 * rows * width * sequential  # and the copy that is not rounded, counted with the layer
+reached = peak_memory_bytes() - own_memory_bytes()  # libraries' code
+method.quantize_layer(layer, LayerInputs(hidden_STD, {}, 1, hidden_STD.clone()), {"0": grid}, 64)
+print(method.cost([(rows, width)], grid, Windows(2, 16)).memory_bytes, peak_memory_bytes() - reached - before)
+"""
+
+
+@pytest.mark.parametrize("tier", ["best", "fast"])
+@pytest.mark.parametrize(("rows", "width"), [(64, 2560), (2560, 1024)])
+def test_a_wide_linear_takes_no_more_memory_than_was_said(rows: int, width: int, tier: str) -> None:
+    command = [sys.executable, "-c", ALONE, str(rows), str(width), tier]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, taken = map(int, done.stdout.split())
+    assert 0.4 * said < taken <= said + (16 << 20)

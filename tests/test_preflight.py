@@ -102,6 +102,27 @@ def test_hidden_states_go_to_disk_before_a_budget_is_refused() -> None:
         FOOTPRINT.within((448 << 20) - 1)
 
 
+def test_measuring_sensitivity_comes_first_and_has_its_own_peak() -> None:
+    small, large = (replace(FOOTPRINT, sensitivity_bytes=size << 20) for size in (600, 601))
+    assert small.peak_bytes == FOOTPRINT.peak_bytes
+    assert large.peak_bytes == FOOTPRINT.peak_bytes + (1 << 20)
+    assert replace(large, spilled=True).peak_bytes == large.peak_bytes
+    assert ("measuring sensitivity, before that", 601 << 20) in large.parts()
+
+
+def test_a_budget_too_small_for_sensitivity_is_refused_before_it_is_measured(
+    tiny_model: Path,
+    calibration_text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quant.pipeline.widen", lambda *_: pytest.fail("sensitivity was measured"))
+    arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), "--calibration", str(calibration_text)]
+    assert gptq.main([*arguments, *FEW, "--target-bits", "6", "--cpu-memory", "100MiB"]) == 4
+    assert re.search(r"at least \d+ MiB is needed: .* for measuring sensitivity, before that", capsys.readouterr().err)
+
+
 def test_the_smallest_budget_that_an_error_names_is_taken(
     tiny_model: Path, calibration_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,14 +185,20 @@ print(smallest + 2)
 
 
 @pytest.mark.parametrize(
-    "method", ["awq", pytest.param("rtn", marks=pytest.mark.slow), pytest.param("gptq", marks=pytest.mark.slow)]
+    ("method", "more"),
+    [
+        ("awq", []),
+        pytest.param("rtn", [], marks=pytest.mark.slow),
+        pytest.param("gptq", [], marks=pytest.mark.slow),
+        pytest.param("gptq", ["--target-bits", "6"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_whole_process_stays_within_the_plan(
-    method: str, tiny_model: Path, calibration_text: Path, tmp_path: Path
+    method: str, more: list[str], tiny_model: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
     """A model so small that nearly all of it is Python and libraries, within the smallest budget and 2 MiB."""
     flags = [] if method == "rtn" else ["--calibration", str(calibration_text), *FEW]
-    arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), *flags]
+    arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), *flags, *more]
     command = [sys.executable, "-c", TWICE.format(method=method), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

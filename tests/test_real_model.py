@@ -79,6 +79,13 @@ def test_awq_loses_at_most_six_tenths_of_what_rounding_loses(checkpoints: dict[s
     assert 0 < rise["awq"] <= 0.6 * rise["rtn"]
 
 
+def test_gptq_stays_within_the_budget_of_the_whole_process(tmp_path: Path) -> None:
+    """So small a budget that the hidden states go to disk; how many there are changes nothing else."""
+    flags = ("--output", str(tmp_path / "out"), "--num-samples", "24", "--asymmetric", "--group-size", "64")
+    result = run("quant.gptq", *flags, "--cpu-memory", "840MiB")
+    assert result["peak_memory_bytes"] <= 840 << 20
+
+
 def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]) -> None:
     text = load_text(None, "evaluation")
     tokens = tokenize(text, AutoTokenizer.from_pretrained(checkpoints["awq"]))[:200]
