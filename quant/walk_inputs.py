@@ -18,9 +18,10 @@ from offload.source_weights import SourceWeights
 from quant.hidden_states import HiddenStates, fill, new_states
 from quant.layer import LayerInputs
 
-_BATCH_TOKENS = 512
-"""Tokens that go through a layer at once, enough for products to run at their full speed. Not a matter of the budget:
-another batch sums in another order, and the bytes of a checkpoint would depend on how much memory there was."""
+_BATCH_SAMPLES, _BATCH_TOKENS = 4, 512
+"""Samples and tokens at most that go through a layer at once, enough for products to run at their full speed. Not a
+matter of the budget: another batch sums in another order, and bytes would depend on how much memory there
+was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _find_out_what_layers_return(base: nn.Module, recorders: list["_Recorder"], 
 
 def most_batch_samples(tokens: int) -> int:
     """Return how many samples of `tokens` tokens go through a layer at once, at least one."""
-    return max(1, _BATCH_TOKENS // tokens)
+    return max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // tokens))
 
 
 def batch_samples(arguments: dict[str, Any], tokens: int) -> int:

@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
     "Bloom": {"n_head": 4},
     "Falcon": {"alibi": False},
+    "Falcon with alibi": {"alibi": True},
     "GPTJ": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "rotary_dim": 8},  # layers return tuples
     "Bert": {"is_decoder": True},  # the module that holds the layers is not the one that embeds
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -76,7 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def make_model(kind: str, tokenizer: Path, directory: Path) -> Path:
     """Save a random model of a family, bfloat16, no weight or bias as it starts, with the tiny model's tokenizer."""
-    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **FAMILIES[kind]})
+    config = getattr(transformers, f"{kind.split()[0]}Config")(**{**SHARED, **FAMILIES[kind]})
     built = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in built.parameters():
