@@ -16,7 +16,6 @@ from offload.source import DEFAULT_OUTPUT, cache_directory, check_made
 
 if TYPE_CHECKING:
     from offload.conversation import Conversation
-    from offload.convert import opened
     from offload.limit import Limit
     from offload.session import Session
 
@@ -94,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
     from offload.conversation import Conversation
+    from offload.convert import opened
     from offload.limit import measure_limit
     from offload.memory import trim_memory
     from offload.planning.placement import describe

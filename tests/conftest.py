@@ -1,12 +1,14 @@
 """A tiny model with a tokenizer, made from a seed, and checkpoints of it; options and marks."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background would inherit an ignored one
 torch.set_num_threads(1)  # tiny models: two threads that wait for each other are slower, by far on a busy machine
 
 CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. " * 60
