@@ -33,7 +33,8 @@ def _command(argv: list[str]) -> None:
         if getattr(options, word) < least:
             raise UsageError(f"--{word.replace('_', '-')} {getattr(options, word)}: expected at least {least}")
     words = words_of(options)
-    Wishes.of(words)  # what contradicts itself is refused before seconds of imports
+    if Wishes.of(words).kv_bytes is not None:
+        raise UsageError("keys and values on disk: they are one request's, and a server has many; use --kv int8 alone")
     key = _key(options)
     check_made(options.model)
     try:
@@ -88,6 +89,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     """Load, print the plan, and answer until a signal; then let what runs end, for `options.grace` seconds at most."""
     import uvicorn
 
+    from offload.convert import opened
     from offload.limit import measure_limit
     from offload.memory import trim_memory
     from offload.planning.placement import describe
@@ -98,7 +100,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     from offload.session import Prompts, Session
 
     trim_memory()
-    prompts = Prompts(options.model)
+    prompts = Prompts(opened(options.model))
     context = min(options.context, prompts.longest_tokens)
     if context < options.context:
         say(f"context  {context} tokens, all that this model takes")
