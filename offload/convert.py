@@ -8,6 +8,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ def convert(directory: Path, output: Path, found: Foreign, overwrite: bool = Fal
     model = build_skeleton(config, getattr(config, "dtype", None) or torch.bfloat16)
     source = SourceWeights.open(directory)
     packed = found.packed_modules(source.locations)
+    source = _without_empty_biases(directory, model, source, packed)
     _check_names(directory, model, source, packed, found)
     prefix, layers = decoder_layers(model)
     plain = [name for name in source.locations if name.rpartition(".")[0] not in packed]
@@ -146,6 +148,20 @@ def _check_names(directory: Path, model: nn.Module, source: SourceWeights, packe
     if missing or unexpected:
         what = f"tensor {missing[0]!r} is missing" if missing else f"tensor {unexpected[0]!r} is not one of the model"
         raise CheckpointError(f"{directory}: {what}; {len(missing)} missing, {len(unexpected)} unexpected")
+
+
+def _without_empty_biases(directory: Path, model: nn.Module, source: SourceWeights, packed: list[str]) -> SourceWeights:
+    """Return the tensors less biases of zeros where the model has none, as older GPTQ tools write for every linear.
+
+    Raises CheckpointError for one that holds anything else.
+    """
+    names = {f"{module}.bias" for module in packed} & source.locations.keys() - model.state_dict().keys()
+    for name in sorted(names):
+        if source.read(name).any():
+            raise CheckpointError(
+                f"{directory}: tensor {name!r} is not zero, and {type(model).__name__} has no such bias"
+            )
+    return replace(source, locations={name: at for name, at in source.locations.items() if name not in names})
 
 
 def _identity(directory: Path) -> str:

@@ -78,7 +78,7 @@ def load(
     context_tokens: keys and values to leave room for, of each of batch_size sequences. dtype: of activations and of
     what is not quantized; None for the source's. mode: see `dequant_matmul`. costs: to plan by; None plans by sizes
     alone. poison: fill freed slots with NaN, for tests. words: where layers are to live, and how keys and values are
-    kept, see WishWords; `new_cache` makes a cache that keeps them so.
+    kept, see WishWords; `generate()` keeps them so, and `new_cache` makes a cache for other uses.
     Raises CheckpointError if a file is not what it should be, ResourceError if a budget is too small or a GPU is asked
     for, UsageError for wishes that contradict each other.
     """
@@ -124,6 +124,8 @@ def load(
         _log.warning("%s: its attention takes no int8 keys; they are widened at every step", type(model).__name__)
     executor.kv, executor.kv_bytes = wishes.kv, wishes.kv_bytes
     model._streaming = executor
+    if wishes.kv is not None:
+        _generate_with_new_cache(model)
     model.hf_device_map = {"": "cpu"} | {
         blob.module: "disk" if tier == "disk" else "cpu"
         for blob, tier in zip(executor.blobs, executor.placement.tiers, strict=True)
@@ -165,6 +167,19 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     return (
         KVCache.of(model) if executor.kv_bytes is None else shelved_cache(model, executor.kv_queue, executor.kv_bytes)
     )
+
+
+def _generate_with_new_cache(model: PreTrainedModel) -> None:
+    """Let the model's own `generate()` begin with what `new_cache` makes, unless it is told of another cache."""
+    prepare = model._prepare_cache_for_generation
+
+    def prepared(generation_config: GenerationConfig, model_kwargs: dict[str, Any], *more: Any, **options: Any) -> Any:
+        told = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        if not told and generation_config.use_cache is not False and (cache := new_cache(model)) is not None:
+            model_kwargs["past_key_values"] = cache
+        return prepare(generation_config, model_kwargs, *more, **options)
+
+    model._prepare_cache_for_generation = prepared
 
 
 def executor_of(model: PreTrainedModel) -> "Executor":

@@ -37,8 +37,8 @@ class LayerKV:
 def write_kv(checkpoint: Checkpoint, layers: Mapping[str, LayerKV], calibration: dict[str, Any]) -> None:
     """Write the file and then, whole, the manifest that names it. layers: by the name of the decoder layer.
 
-    calibration: what it was made from, plain JSON. Raises ResourceError if that cannot be done; the checkpoint is then
-    what it was.
+    calibration: what it was made from, plain JSON. Raises ResourceError if that cannot be done; between the two writes
+    the file is not the one that is named, and who reads it is told to calibrate again.
     """
     tensors = {
         f"{module}.{part}": getattr(layer, part)

@@ -108,8 +108,6 @@ class Session:
 
         cache: keys and values of the first of the tokens, extended in place. more: for transformers' `generate()`.
         """
-        if cache is None and self.executor.kv is not None:
-            cache = self.new_cache()
         if cache is not None:
             more["past_key_values"] = cache
         cached = 0 if cache is None else cache.get_seq_length()

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from offload.checkpoint import Checkpoint
 from offload.command import Parser, Progress, run, say
-from offload.errors import InputError
+from offload.errors import InputError, UsageError
 from offload.executor import executor_of
 from offload.executor import load as load_model
 from offload.kv_calibration import KV_NAME, LayerKV, write_kv
@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
+    for word in ("num_samples", "seq_len"):
+        if getattr(options, word) < 1:
+            raise UsageError(f"--{word.replace('_', '-')} {getattr(options, word)}: expected at least 1")
     check_made(options.model)
     Checkpoint.open(options.model)
     text = load_text(options.calibration, "calibration")

@@ -193,6 +193,21 @@ def test_what_cannot_be_kept_to_is_refused(
     assert message in str(refused.value)
 
 
+def test_biases_of_zeros_that_the_model_does_not_have_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "theirs"
+    reference = foreign("gptq", tiny_model, directory)
+    path = directory / "model.safetensors"
+    tensors, name = load_file(path), "model.layers.1.mlp.up_proj.bias"
+    save_file(tensors | {name: torch.zeros(128)}, path, {"format": "pt"})
+    model = load(directory, dtype=torch.float32, mode="exact")
+    with torch.inference_mode():
+        expected = reference(TOKENS).logits
+        assert (model(TOKENS).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    save_file(tensors | {name: torch.ones(128)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"tensor '{name}' is not zero, and LlamaForCausalLM has no such bias"):
+        load(directory)
+
+
 def test_damage_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     directory = tmp_path / "theirs"
     foreign("gptq, asymmetric", tiny_model, directory)

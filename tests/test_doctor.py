@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def test_every_subject_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["--directory", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[2:15].strip() for line in lines] == [subject[:13] for subject in SUBJECTS]
+
+
+def test_the_ranges_are_those_that_the_package_asks_for() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    asked = {name: text for name, _, text in (item.partition(">=") for item in project["dependencies"])}
+    for name, (least, below) in doctor._RANGES.items():
+        assert asked[name] == f"{'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
 
 
 def broken(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -284,6 +284,23 @@ def test_steps_over_int8_keys_compute_what_the_modules_do(
     assert (found - expected).norm() <= 1e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_a_loaded_model_generates_with_the_cache_it_was_asked_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    model = load(tiny_checkpoint, kv="int8")
+    expected = generate(model, past_key_values=new_cache(model), **options)
+    made: list[Any] = []
+    monkeypatch.setattr("offload.executor.new_cache", lambda model: made.append(new_cache(model)) or made[-1])
+    assert torch.equal(generate(model, **options), expected)
+    assert [type(cache) for cache in made] == [KVCache]
+    assert made[0].get_seq_length() >= len(expected) - 1
+    told: list[dict[str, Any]] = [{"past_key_values": DynamicCache(config=model.config)}, {"use_cache": False}]
+    for other in [*told, {"cache_implementation": "static"}]:
+        generate(model, **other)
+    assert len(made) == 1  # who tells of another cache gets that
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_streamed_decoding_over_int8_keys_equals_resident_whatever_interrupts_it(
     tiny_checkpoint: Path, depth: int
