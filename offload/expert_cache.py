@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from offload.checkpoint import LayerBlob
 from offload.layer_view import LayerView
 from offload.memory import Arena
-from offload.read_queue import Read, ReadQueue
+from offload.read_queue import ReadQueue
+from offload.transfer_queue import Transfer
 
 _USES_BETWEEN_HALVINGS = 16
 """Of an expert, on average."""
@@ -30,7 +31,7 @@ class _Slot:
 
     arena: Arena
     expert: int = -1
-    read: Read | None = None
+    read: Transfer | None = None
     view: LayerView | None = None
     used: int = 0
 

@@ -6,7 +6,7 @@ through transformers' modules as before. Layers alike in class, shapes and setti
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -135,24 +135,33 @@ def _projection(linear: Any) -> Projection:
 
 
 def fuse(
-    model: PreTrainedModel, layers: Sequence[nn.Module], in_memory: Callable[[int], AbstractContextManager[None]]
+    model: PreTrainedModel, layers: Mapping[int, nn.Module], in_memory: Callable[[int], AbstractContextManager[None]]
 ) -> int:
     """Let single tokens take the fused call in every layer where it is proved; returns how many those are.
 
-    in_memory(i): a context in which the weights of layer i are attached. A layer of another family is left as it is; if
-    one that looks like the family fails the proof, that is logged.
+    layers: by their index, those that the host computes. in_memory(i): a context in which the weights of layer i are
+    attached. A layer of another family is left as it is; if one that looks like the family fails the proof, that is
+    logged.
     """
     if compiled_library() is None:
         return 0
     proved: dict[str, bool] = {}
-    for index, layer in enumerate(layers):
+    for index, layer in layers.items():
         kind = _kind(layer)
         if kind not in proved:
             with in_memory(index):
                 proved[kind] = _is_proved(model, layer)
         if proved[kind]:
             FusedLayer(layer)
-    return sum(proved[_kind(layer)] for layer in layers)
+    return sum(proved[_kind(layer)] for layer in layers.values())
+
+
+def unfuse(layers: Iterable[nn.Module]) -> None:
+    """Let every layer compute with its modules alone again."""
+    for layer in layers:
+        stand_in = getattr(layer.forward, "__self__", None)
+        if isinstance(stand_in, FusedLayer):
+            layer.forward = stand_in.modules_forward
 
 
 def _kind(layer: nn.Module) -> str:

@@ -16,8 +16,8 @@ from offload.source import DEFAULT_OUTPUT, check_made
 
 if TYPE_CHECKING:
     from offload.clock import Clock
-    from offload.executor import StreamingStats
     from offload.session import Prompts, Session
+    from offload.streaming import StreamingStats
 
 _DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 

@@ -58,7 +58,8 @@ class StreamedHead(nn.Module):
         if kept is not None:
             return kept.codes.reshape(-1)
         assert self._slots is not None, "a block is kept or streamed"
-        return self._slots.arenas[0].bytes
+        memory: Tensor = self._slots.arenas[0].bytes
+        return memory
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, in x's dtype."""

@@ -20,8 +20,9 @@ from offload.checkpoint import LayerBlob
 from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.memory import Arena, whole_pages
-from offload.read_queue import Read, ReadQueue
+from offload.read_queue import ReadQueue
 from offload.source import cache_directory
+from offload.transfer_queue import Transfer
 
 CHUNK_BLOCKS = CHUNK_TOKENS // BLOCK_TOKENS
 """Blocks of a chunk."""
@@ -70,7 +71,7 @@ def shelved_bytes(budget_bytes: int, layers: int, shape: BlockShape, tokens: int
 @dataclass(frozen=True, slots=True)
 class _Held:
     slot: int
-    read: Read
+    read: Transfer
 
 
 class Shelf:

@@ -10,20 +10,22 @@ from transformers import PreTrainedModel
 from kernels.packed import PackedWeight
 from offload.checkpoint import LayerBlob
 from offload.linear import PackedLinear
-from offload.memory import Arena
+from offload.memory import Memory
 
 PACKED, SCALE, ZERO, SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
 ORDER = ".input_order"
 """What follows the name of a packed linear in the names of its tensors. The order of inputs is there where a checkpoint
 of another tool has reordered them."""
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """One layer's tensors as they lie in one arena, each with the place in the model it is for.
+    """One layer's tensors as they lie in some memory, each with the place in the model it is for.
 
     packed: linears and their weights. others: tables of parameters or buffers, the key in each, and the tensor there.
-    converted: those of them that are wanted in another dtype, and the tensors of the arena that they are filled from.
+    converted: those of them that are wanted elsewhere or in another dtype, and what they are filled from.
     """
 
     packed: tuple[tuple[PackedLinear, PackedWeight], ...]
@@ -35,26 +37,33 @@ class LayerView:
         for linear, weight in self.packed:
             linear.packed = weight
         for target, source in self.converted:
-            target.copy_(source)
+            target.copy_(source, non_blocking=True)
         for table, key, tensor in self.others:
             table[key] = tensor
 
     def detach(self) -> None:
-        """Leave nothing behind that could be read after the arena has another layer in it."""
+        """Leave nothing behind that could be read after another layer lies in the memory."""
         for linear, _ in self.packed:
             linear.packed = None
         for table, key, tensor in self.others:
             table[key] = torch.empty_like(tensor, device="meta")
 
 
-def layer_view(model: PreTrainedModel, blob: LayerBlob, arena: Arena, group_size: int | None) -> LayerView:
-    """Describe where a shard's tensors lie in `arena` and where in the model they belong.
+def layer_view(
+    model: PreTrainedModel,
+    blob: LayerBlob,
+    memory: Memory,
+    group_size: int | None,
+    device: torch.device = _HOST,
+) -> LayerView:
+    """Describe where a shard's tensors lie in some memory and where in the model they belong.
 
-    group_size: of the packed weights, None for one group a row.
+    group_size: of the packed weights, None for one group a row. device: where what is not packed has to be, norms and
+    biases; of packed weights a device reads also those in pinned host memory.
     """
     layer, prefix = model.get_submodule(blob.module), f"{blob.module}." if blob.module else ""
     tensors = {
-        name.removeprefix(prefix): arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
+        name.removeprefix(prefix): memory.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
         for name, spec in blob.tensors.items()
     }
     packed: list[tuple[PackedLinear, PackedWeight]] = []
@@ -73,8 +82,9 @@ def layer_view(model: PreTrainedModel, blob: LayerBlob, arena: Arena, group_size
             continue
         owner_name, _, key = name.rpartition(".")
         owner = layer.get_submodule(owner_name)
-        if tensor.is_floating_point() and tensor.dtype != model.dtype:
-            source, tensor = tensor, torch.empty_like(tensor, dtype=model.dtype)
+        dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
+        if dtype != tensor.dtype or device != tensor.device:
+            source, tensor = tensor, torch.empty_like(tensor, dtype=dtype, device=device)
             converted.append((tensor, source))
         if key in owner._parameters:
             others.append((owner._parameters, key, nn.Parameter(tensor, requires_grad=False)))

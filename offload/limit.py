@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kernels.cpu_matmul import read_seconds
-from offload.executor import Executor
 from offload.memory import Arena
 from offload.read_queue import read_blob
+from offload.streaming import Executor
 
 _DISK_SECONDS = 0.5
 _MEMORY_READS = 5

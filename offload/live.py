@@ -12,8 +12,8 @@ from contextlib import suppress
 
 from offload.clock import Clock
 from offload.command import format_bytes
-from offload.executor import Executor
 from offload.limit import Limit
+from offload.streaming import Executor
 
 _WINDOW_TOKENS = 32
 _REFRESH_SECONDS = 0.1

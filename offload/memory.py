@@ -24,31 +24,39 @@ _HUGE_PAGE_BYTES = 2 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
-class Arena:
-    """Page-aligned memory of `nbytes` rounded up to a page: what torch sees of it are views.
+class Memory:
+    """Bytes that tensors are views of, wherever they lie. bytes: uint8 [nbytes]."""
 
-    Large ones ask for huge pages, of which a product reads up to 1.2 times as fast (2 threads, Granite Rapids).
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES
-        self._memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared: no huge pages
-        if self.nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Return a writable view of a range of bytes."""
-        return memoryview(self._memory)[offset : offset + nbytes]
+    def __init__(self, memory: Tensor) -> None:
+        self.bytes, self.nbytes = memory, memory.nbytes
 
     def tensor(self, offset: int, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor that lies in the arena."""
+        """Return a tensor that lies in the memory."""
         return self.bytes[offset : offset + nbytes].view(dtype).view(shape)
 
     def poison(self) -> None:
         """Fill with 0xFF, which is NaN in every float dtype: a read of memory that is not owned shows."""
         self.bytes.fill_(0xFF)
+
+
+class Arena(Memory):
+    """Page-aligned host memory of `nbytes` rounded up to a page. pinned: a device reads it where it lies.
+
+    Large ones ask for huge pages, of which a product reads up to 1.2 times as fast (2 threads, Granite Rapids).
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        nbytes = whole_pages(max(nbytes, 1))
+        self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared: no huge pages
+        if nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        super().__init__(torch.frombuffer(self._memory, dtype=torch.uint8))
+        self.pinned = False
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Return a writable view of a range of bytes."""
+        return memoryview(self._memory)[offset : offset + nbytes]
 
 
 class FileReader:

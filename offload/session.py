@@ -9,11 +9,12 @@ from transformers import Cache, PreTrainedModel
 
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
-from offload.executor import Executor, executor_of, load, new_cache
+from offload.executor import executor_of, load, new_cache
 from offload.planning.costs import recall_costs
 from offload.planning.wishes import WishWords
 from offload.sampling import Sampling
 from offload.skeleton import read_config
+from offload.streaming import Executor
 from offload.text import load_tokenizer
 
 PREFILL_CHUNK_TOKENS = 512

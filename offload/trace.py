@@ -13,7 +13,7 @@ from torch import nn
 
 from offload.checkpoint import LayerBlob
 from offload.errors import ResourceError
-from offload.executor import Executor
+from offload.streaming import Executor
 
 _COMPUTE, _READ = 1, 2
 _LINES = {_COMPUTE: "compute", _READ: "disk"}

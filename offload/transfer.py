@@ -1,60 +1,76 @@
 """The ring of slots that is streamed through, ahead of use: layers, and blocks of the head, in the order of a pass.
 
-A slot has an owner from the moment a read is queued until the unit in it is released: there is no arithmetic that could
-give it to two. After an interrupted forward everything is reset. Reads run in the order of their deadlines, which is
-that of the units, around the end of the model into the next token.
+A slot has an owner from the moment a transfer is queued until the unit in it is released: there is no arithmetic that
+could give it to two. After an interrupted forward everything is reset. Transfers run in the order of their deadlines,
+which is that of the units, around the end of the model into the next token.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from offload.checkpoint import LayerBlob
-from offload.memory import Arena
-from offload.read_queue import Read, ReadQueue
+from offload.device import Fence
+from offload.memory import Arena, Memory
+from offload.transfer_queue import Transfer, TransferQueue
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     slot: int
-    read: Read
+    transfer: Transfer
 
 
 class Gate(Protocol):
     """Who lets several sequences use a unit before its slot is free again, see `offload.rounds`."""
 
-    def arrive(self, position: int) -> None:
-        """Return when the unit may be used."""
+    def arrive(self, place: int) -> None:
+        """Return when the unit at this place in a pass may be used."""
 
-    def keeps(self, position: int) -> bool:
+    def keeps(self, place: int) -> bool:
         """Whether the unit that one of them has released is to stay for the others."""
 
 
 class Slots:
-    """Streams `blobs` in circles through `depth` arenas of the largest one's size. poison: freed slots become NaN.
+    """Streams `blobs` in circles through slots of the largest one's size, ahead of use, over the link of `queue`.
 
-    gate: asked before each wait and at each release, if there is one.
+    arenas: the slots, or how many of them to make in host memory. poison: freed slots become NaN. fence: makes one
+    behind everything that a device still does with a slot, where one does. places: of the blobs in a pass, if there is
+    more in it than they are. gate: asked before each wait and at each release, if there is one.
     """
 
-    def __init__(self, blobs: Sequence[LayerBlob], depth: int, queue: ReadQueue, poison: bool = False) -> None:
-        self.queue, self._blobs, self._poison = queue, blobs, poison
+    def __init__(
+        self,
+        blobs: Sequence[LayerBlob],
+        arenas: Sequence[Memory] | int,
+        queue: TransferQueue,
+        poison: bool = False,
+        fence: Callable[[], Fence] | None = None,
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self.queue, self._blobs, self._poison, self._fence = queue, blobs, poison, fence
         size = max(blob.nbytes for blob in blobs)
-        self.arenas = [Arena(size) for _ in range(depth)]
+        self.arenas: list[Any] = [Arena(size) for _ in range(arenas)] if isinstance(arenas, int) else list(arenas)
+        self.places = range(len(blobs)) if places is None else places
         self.gate: Gate | None = None
         self._held: dict[int, _Held] = {}  # by the position of a blob
-        self._free = deque(range(depth))
+        self._free = deque(range(len(self.arenas)))
+        self._after: list[Fence | None] = [None] * len(self.arenas)
 
     def wait(self, position: int) -> int:
-        """Return the slot that holds blob `position`, queueing it and those after it. Raises what its read raised."""
+        """Return the slot that holds blob `position`, queueing it and those after it. Raises what its transfer raised.
+
+        In a device's memory it holds it for what is computed from now on.
+        """
         if self.gate is not None:
-            self.gate.arrive(position)
+            self.gate.arrive(self.places[position])
         with self.queue.change:
             if position not in self._held and not self._free:
                 self._reset()  # an earlier forward was abandoned and left its layers behind
-            self._fill(position)
             try:
-                self.queue.wait(self._held[position].read, [held.read for held in self._held.values()])
+                self._fill(position)
+                self.queue.wait(self._held[position].transfer, [held.transfer for held in self._held.values()])
             except BaseException:
                 if not self.queue.closed:
                     self._reset()
@@ -63,7 +79,7 @@ class Slots:
 
     def release(self, position: int) -> None:
         """Give the slot of blob `position` back and queue the next blobs."""
-        if self.gate is not None and self.gate.keeps(position):
+        if self.gate is not None and self.gate.keeps(self.places[position]):
             return
         with self.queue.change:
             held = self._held.pop(position, None)
@@ -73,7 +89,7 @@ class Slots:
             self._fill((position + 1) % len(self._blobs))
 
     def reset(self) -> None:
-        """Forget everything that is queued or read: all slots are free again once the read in flight has ended."""
+        """Forget everything that is queued or there: all slots are free again once what is under way has ended."""
         with self.queue.change:
             self._reset()
 
@@ -86,10 +102,12 @@ class Slots:
             if not self._free:
                 break
             slot = self._free.popleft()
-            self._held[wanted] = _Held(slot, self.queue.put(self._blobs[wanted], self.arenas[slot], self))
+            after, self._after[slot] = self._after[slot], None
+            transfer = self.queue.put(self._blobs[wanted], self.arenas[slot], self, after=after)
+            self._held[wanted] = _Held(slot, transfer)
 
     def _reset(self) -> None:
-        """Free every slot, after the read in flight has ended. The lock is held."""
+        """Free every slot, after the transfer under way has ended. The lock is held."""
         self.queue.withdraw(self)
         self._held.clear()
         self._free.clear()
@@ -98,5 +116,8 @@ class Slots:
 
     def _put_back(self, slot: int) -> None:
         if self._poison:
+            if self._fence is not None:
+                self._fence().synchronize()
             self.arenas[slot].poison()
+        self._after[slot] = None if self._fence is None else self._fence()
         self._free.append(slot)

@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from offload.clock import Clock
-from offload.executor import Executor, executor_of
+from offload.executor import executor_of
 from offload.planning.predict import Tier
+from offload.streaming import Executor
 
 
 @dataclass(frozen=True, slots=True)

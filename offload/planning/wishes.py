@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, cast
 
 from offload.command import format_bytes, parse_bytes
-from offload.errors import UsageError
+from offload.errors import ResourceError, UsageError
 
 Device = Literal["gpu", "cpu", "disk"]
 DeviceMap = str | int | Mapping[str, str | int]
@@ -69,6 +69,7 @@ class Wishes:
     layers: tuple[Device, ...] | None = None
     kv: KVFormat | None = None
     kv_bytes: int | None = None
+    anywhere: bool = False
 
     @classmethod
     def of(cls, words: WishWords) -> "Wishes":
@@ -98,7 +99,16 @@ class Wishes:
             _bounded(made, "slots", 1, 3, whole=True),
             kv=kv,
             kv_bytes=kv_bytes,
+            anywhere=device_map in _WHOLE_MAPS,
         )
+
+    def within(self, device_bytes: int) -> "Wishes":
+        """Return the wishes with a budget on a GPU of so many bytes. Raises ResourceError if it was to be larger."""
+        if self.gpu_bytes is not None and self.gpu_bytes > device_bytes:
+            raise ResourceError(
+                f"{flag('gpu_memory')} {format_bytes(self.gpu_bytes)}: the GPU has {format_bytes(device_bytes)}"
+            )
+        return replace(self, gpu_bytes=self.gpu_bytes or device_bytes)
 
     def on(self, modules: Collection[str], layers: Sequence[str]) -> "Wishes":
         """Return the wishes with the device of each decoder layer, out of a device map.

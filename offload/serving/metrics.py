@@ -6,9 +6,9 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from offload.executor import Executor
 from offload.limit import Limit
 from offload.rounds import Rounds
+from offload.streaming import Executor
 
 
 class Metrics:

@@ -1,0 +1,171 @@
+"""What the executor needs of a device beside the host: memory, one stream that copies to it, and fences between.
+
+Everything that is computed is queued in the stream that the caller computes in; copies are queued in a stream of their
+own. Nothing here waits for the device but `Fence.synchronize`, which the token loop never calls.
+"""
+
+import mmap
+from contextlib import suppress
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload.memory import Arena, Memory
+
+_REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
+
+
+class Fence(Protocol):
+    """A place in a stream, reached when all that was queued before it is done."""
+
+    def synchronize(self) -> None:
+        """Let this thread wait until it is reached."""
+
+    def seconds_after(self, other: "Fence") -> float:
+        """Return the time between two fences that were made to be timed, and are reached."""
+
+
+class Device(Protocol):
+    """A device of which `torch_device` is torch's name."""
+
+    torch_device: torch.device
+
+    @property
+    def most_mapped(self) -> int:
+        """Activations that are multiplied by weights in host memory."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory that it has."""
+
+    @property
+    def used_bytes(self) -> int:
+        """What of it is taken now, by whomever."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Return memory on the device. Raises torch.OutOfMemoryError."""
+
+    def pin(self, arena: Arena) -> bool:
+        """Let the device read an arena where it lies; False if the system refuses."""
+
+    def unpin(self, arena: Arena) -> None:
+        """Take it back."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
+
+    def mark_copies(self, timed: bool = False) -> Fence:
+        """Return a fence behind the copies that are queued."""
+
+    def mark_compute(self) -> Fence:
+        """Return a fence behind what the caller has queued to be computed."""
+
+    def copies_wait(self, fence: Fence) -> None:
+        """Let copies that are queued from now on begin behind a fence."""
+
+    def compute_waits(self, fence: Fence) -> None:
+        """Let what the caller queues from now on begin behind a fence."""
+
+    def settle(self) -> None:
+        """Wait for all that is queued, and let memory that was given back be the device's again."""
+
+
+def find_device() -> Device | None:
+    """Return the GPU that torch would take, None if there is none."""
+    return CudaDevice() if torch.cuda.is_available() else None
+
+
+class CudaFence:
+    """An event of CUDA."""
+
+    def __init__(self, stream: torch.cuda.Stream, timed: bool = False) -> None:
+        self.event = torch.cuda.Event(enable_timing=timed)
+        self.event.record(stream)
+
+    def synchronize(self) -> None:
+        """Let this thread wait until it is reached."""
+        self.event.synchronize()
+
+    def seconds_after(self, other: Fence) -> float:
+        """Return the time between two fences that were made to be timed, and are reached."""
+        assert isinstance(other, CudaFence), "fences of one device"
+        return float(other.event.elapsed_time(self.event)) / 1e3
+
+
+class CudaDevice:
+    """A GPU through torch.cuda.
+
+    Host memory is registered as it lies (cudaHostRegister), an arena at a time: torch's own pinned memory is rounded up
+    to a power of two, and no copy may cross from one registration into the next.
+    """
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self._copies = torch.cuda.Stream(self.torch_device)
+        self._probe = torch.zeros(1, device=self.torch_device)
+
+    @cached_property
+    def most_mapped(self) -> int:
+        """Activations that are multiplied by weights in host memory."""
+        from kernels.triton_matmul import most_mapped  # needs triton, which a machine without a GPU may lack
+
+        return most_mapped(self.torch_device)
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory that it has."""
+        return int(torch.cuda.mem_get_info(self.torch_device)[1])
+
+    @property
+    def used_bytes(self) -> int:
+        """What of it is taken now, by whomever."""
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return int(total - free)
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Return memory on the device. Raises torch.OutOfMemoryError."""
+        return Memory(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device))
+
+    def pin(self, arena: Arena) -> bool:
+        """Let the device read an arena where it lies; False if the system refuses."""
+        pointer = arena.bytes.data_ptr()
+        assert pointer % mmap.PAGESIZE == 0, "arenas are mapped"
+        if int(torch.cuda.cudart().cudaHostRegister(pointer, arena.nbytes, _REGISTER_FLAGS)) == 0:
+            return True
+        with suppress(RuntimeError):  # a refusal stays CUDA's last error, which the next launch would be blamed for
+            self._probe.zero_()
+        return False
+
+    def unpin(self, arena: Arena) -> None:
+        """Take it back."""
+        torch.cuda.cudart().cudaHostUnregister(arena.bytes.data_ptr())
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+
+    def mark_copies(self, timed: bool = False) -> Fence:
+        """Return a fence behind the copies that are queued."""
+        return CudaFence(self._copies, timed)
+
+    def mark_compute(self) -> Fence:
+        """Return a fence behind what the caller has queued to be computed."""
+        return CudaFence(torch.cuda.current_stream(self.torch_device))
+
+    def copies_wait(self, fence: Fence) -> None:
+        """Let copies that are queued from now on begin behind a fence."""
+        assert isinstance(fence, CudaFence), "fences of one device"
+        self._copies.wait_event(fence.event)
+
+    def compute_waits(self, fence: Fence) -> None:
+        """Let what the caller queues from now on begin behind a fence."""
+        assert isinstance(fence, CudaFence), "fences of one device"
+        torch.cuda.current_stream(self.torch_device).wait_event(fence.event)
+
+    def settle(self) -> None:
+        """Wait for all that is queued, and let memory that was given back be the device's again."""
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.empty_cache()

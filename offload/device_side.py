@@ -1,0 +1,166 @@
+"""What of a model is on a device, and how the rest of it gets there: arranged as a placement says."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from offload.checkpoint import LayerBlob
+from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyQueue, Kept, Lender
+from offload.device import Device
+from offload.layer_view import LayerView
+from offload.lent_layers import Crossing, LentLayers, MappedLayers
+from offload.memory import Arena, Memory
+from offload.planning.placement import Placement
+from offload.transfer import Slots
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the device's side takes from the executor.
+
+    layers, blobs: decoder layers and their shards, in order. read: reads a shard into an arena of its own, checked.
+    view_of: where in the model a shard in some memory belongs. host_ring: of those on disk, or None.
+    """
+
+    layers: list[nn.Module]
+    blobs: list[LayerBlob]
+    read: Callable[[LayerBlob], Arena]
+    view_of: Callable[[LayerBlob, Memory], LayerView]
+    host_ring: Slots | None
+
+
+class DeviceSide:
+    """Owns the memory on the device, the pinned memory beside it, and the hooks of the layers that need them.
+
+    copies, ring: what copies layers ahead, and the slots on the device, None if none are copied. Raises
+    torch.OutOfMemoryError if the device's memory does not do; then it is to be closed.
+    """
+
+    def __init__(self, device: Device, poison: bool) -> None:
+        self.device, self._poison = device, poison
+        self.copies: CopyQueue | None = None
+        self.ring: Slots | None = None
+        self._views: list[LayerView] = []
+        self._pinned: list[Arena] = []
+        self._bounce: Bounce | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def keep(self, blob: LayerBlob, parts: Parts) -> LayerView:
+        """Bring a shard into the device's memory and attach it for good."""
+        arena = parts.read(blob)
+        memory = self.device.allocate(blob.nbytes)
+        memory.bytes.copy_(arena.bytes[: blob.nbytes])
+        view = parts.view_of(blob, memory)
+        view.attach()
+        return view
+
+    def arrange(self, parts: Parts, placement: Placement) -> None:
+        """Bring every layer to its tier; those that the host computes have their weights already, or are lent them."""
+        hows, blobs, disk = placement.hows, parts.blobs, [tier == "disk" for tier in placement.tiers]
+        places = {how: [at for at, one in enumerate(hows) if one == how] for how in ("staged", "mapped", "host")}
+        self._views += [self.keep(blob, parts) for blob, how in zip(blobs, hows, strict=True) if how == "resident"]
+        size = max(blob.nbytes for blob in blobs)
+        slots = [self.device.allocate(size) for _ in range(placement.device_depth)]
+        scratch = self.device.allocate(size) if places["mapped"] else None
+        kept = {at: parts.read(blobs[at]) for at in (*places["staged"], *places["mapped"]) if not disk[at]}
+        ring_arenas = parts.host_ring.arenas if parts.host_ring is not None and placement.way != "host" else []
+        self._pin([*kept.values(), *(arena for arena in ring_arenas if isinstance(arena, Arena))])
+        lenders = self._lenders(kept, [at for at, there in enumerate(disk) if there], parts.host_ring)
+        if places["staged"]:
+            self._stage(parts, places["staged"], slots, lenders)
+        if scratch is not None:
+            self._map(parts, places["mapped"], scratch, lenders)
+        crossing = Crossing(self.device.torch_device)
+        for at in places["host"]:
+            self._handles += crossing.hook(parts.layers[at])
+
+    def close(self) -> None:
+        """Leave nothing on the device, and nothing pinned. The host's ring is closed before."""
+        for handle in self._handles:
+            handle.remove()
+        if self.copies is not None:
+            self.copies.close()
+        for view in self._views:
+            view.detach()
+        self._handles, self._views, self.copies, self.ring = [], [], None, None
+        self.device.settle()
+        for arena in self._pinned:
+            self.device.unpin(arena)
+            arena.pinned = False
+        if self._bounce is not None:
+            self._bounce.close()
+        self._pinned, self._bounce = [], None
+
+    def _pin(self, arenas: list[Arena]) -> None:
+        """Pin as many arenas as the system lets, and have a way around for the others."""
+        for arena in arenas:
+            arena.pinned = self.device.pin(arena)
+            if not arena.pinned:
+                break
+            self._pinned.append(arena)
+        if len(self._pinned) < len(arenas):
+            self._bounce = Bounce(self.device)
+            left = sum(arena.nbytes for arena in arenas if not arena.pinned)
+            _log.warning(
+                "%d MiB of memory cannot be pinned (`ulimit -l`): layers there are copied through buffers of %d MiB "
+                "each, at %.1f GB/s at most",
+                left >> 20,
+                BOUNCE_BYTES >> 20,
+                _copied_per_second() / 1e9,
+            )
+
+    @staticmethod
+    def _lenders(kept: dict[int, Arena], on_disk: list[int], ring: Slots | None) -> dict[int, tuple[Lender, int]]:
+        """Return who lends the layers that are in memory or on disk, and as which position."""
+        memory = Kept(list(kept.values()))
+        lenders: dict[int, tuple[Lender, int]] = {at: (memory, position) for position, at in enumerate(kept)}
+        if ring is not None:
+            lenders |= {at: (ring, position) for position, at in enumerate(on_disk)}
+        return lenders
+
+    def _stage(
+        self, parts: Parts, places: list[int], slots: list[Memory], lenders: dict[int, tuple[Lender, int]]
+    ) -> None:
+        blobs = [parts.blobs[at] for at in places]
+        self.copies = CopyQueue(self.device, {parts.blobs[at].module: lenders[at] for at in places}, self._bounce)
+        self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute, places)
+        lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory))
+        for position, at in enumerate(places):
+            self._handles += lent.hook(parts.layers[at], position)
+
+    def _map(self, parts: Parts, places: list[int], scratch: Memory, lenders: dict[int, tuple[Lender, int]]) -> None:
+        for lender in {id(lender): lender for lender, _ in (lenders[at] for at in places)}.values():
+            mine = {lenders[at][1]: at for at in places if lenders[at][0] is lender}
+
+            def view_of(position: int, memory: Memory, mine: dict[int, int] = mine) -> LayerView:
+                return parts.view_of(parts.blobs[mine[position]], memory)
+
+            lent = MappedLayers(lender, view_of, self.device, scratch)
+            for position, at in mine.items():
+                self._handles += lent.hook(parts.layers[at], position)
+
+
+def move_buffers(model: nn.Module, host_layers: list[nn.Module], device: torch.device) -> None:
+    """Move the buffers that no checkpoint brings to the device, but for those of layers that the host computes."""
+    on_host = {id(module) for layer in host_layers for module in layer.modules()}
+    for module in model.modules():
+        target = torch.device("cpu") if id(module) in on_host else device
+        for name, buffer in module._buffers.items():
+            if isinstance(buffer, Tensor) and not buffer.is_meta:
+                module._buffers[name] = buffer.to(target)
+
+
+def _copied_per_second() -> float:
+    """Return what one thread copies from host memory into a buffer."""
+    source, target = torch.empty(16 * BOUNCE_BYTES, dtype=torch.uint8).fill_(1), torch.empty(BOUNCE_BYTES).byte()
+    started = time.perf_counter()
+    for start in range(0, source.nbytes, BOUNCE_BYTES):
+        target[:] = source[start : start + BOUNCE_BYTES]
+    return source.nbytes / (time.perf_counter() - started)

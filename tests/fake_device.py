@@ -1,0 +1,179 @@
+"""A device without hardware: its memory is host memory apart, its copies happen only when a fence is waited for.
+
+Beside that laziness it keeps vector clocks of what is queued: a kernel that runs without having waited for the copy of
+its weights, a copy into memory that a kernel may still read, and a read from disk into memory that is still being
+copied or computed from are errors, whichever order things happened to take.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from offload.linear import PackedLinear
+from offload.memory import Arena, FileReader, Memory
+
+Clock = dict[str, int]
+
+
+class Region:
+    """A range of memory. written: the copy that filled it last; used: the kernel that read it last; taken: the copy."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.start, self.end, self.memory = memory.data_ptr(), memory.data_ptr() + memory.nbytes, memory
+        self.written = self.used = self.taken = 0
+
+
+class FakeFence:
+    def __init__(self, device: "FakeDevice", clock: Clock) -> None:
+        self.device, self.clock = device, clock
+
+    def synchronize(self) -> None:
+        with self.device.lock:
+            thread = threading.current_thread().name
+            self.device.waited_in.append(thread)
+            self.device.run_copies(self.clock.get("copy", 0))
+            join(self.device.clock_of(thread), self.clock)
+
+    def seconds_after(self, other: Any) -> float:
+        return float(self.clock.get("copy", 0) - other.clock.get("copy", 0))
+
+
+def join(clock: Clock, other: Clock) -> None:
+    for stream, count in other.items():
+        clock[stream] = max(clock.get(stream, 0), count)
+
+
+class FakeDevice:
+    """fail_at: the allocation that finds no memory. unpinned: arenas that are refused, from this one on.
+
+    eager: copies happen when they are queued instead of as late as can be.
+    """
+
+    torch_device = torch.device("cpu")
+
+    def __init__(
+        self, fail_at: int = 0, unpinned: int | None = None, eager: bool = False, most_mapped: int = 2
+    ) -> None:
+        self.fail_at, self.unpinned, self.eager, self.most_mapped = fail_at, unpinned, eager, most_mapped
+        self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
+        self.lock = threading.RLock()
+        self.allocations = self.copies = self.pins = 0
+        self.regions: list[Region] = []
+        self.pinned: dict[int, Region] = {}
+        self.waited_in: list[str] = []
+        self._clocks: dict[str, Clock] = {}
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
+
+    def clock_of(self, stream: str) -> Clock:
+        return self._clocks.setdefault(stream, {})
+
+    def allocate(self, nbytes: int) -> Memory:
+        self.allocations += 1
+        if self.allocations == self.fail_at:
+            raise torch.OutOfMemoryError("told to have no memory")
+        memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+        self.regions.append(Region(memory))
+        return Memory(memory)
+
+    def pin(self, arena: Arena) -> bool:
+        self.pins += 1
+        if self.unpinned is not None and self.pins == self.unpinned:
+            return False
+        self.pinned[arena.bytes.data_ptr()] = Region(arena.bytes)
+        return True
+
+    def unpin(self, arena: Arena) -> None:
+        del self.pinned[arena.bytes.data_ptr()]
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with self.lock:
+            into, out = self._region(target.data_ptr(), self.regions), self._region(source.data_ptr())
+            assert into is not None, "a copy into memory that is not the device's"
+            assert out is not None, "a copy out of memory that is not pinned"
+            clock = self.clock_of("copy")
+            assert clock.get("compute", 0) >= into.used, "a slot is overwritten while a kernel may read it"
+            clock["copy"] = into.written = out.taken = clock.get("copy", 0) + 1
+            self.copies += 1
+            self._pending.append((clock["copy"], target, source))
+            if self.eager:
+                self.run_copies(clock["copy"])
+
+    def run_copies(self, until: int) -> None:
+        while self._pending and self._pending[0][0] <= until:
+            _, target, source = self._pending.pop(0)
+            target.copy_(source)
+
+    def mark_copies(self, timed: bool = False) -> FakeFence:
+        with self.lock:
+            return FakeFence(self, dict(self.clock_of("copy")))
+
+    def mark_compute(self) -> FakeFence:
+        with self.lock:
+            return FakeFence(self, dict(self.clock_of("compute")))
+
+    def copies_wait(self, fence: FakeFence) -> None:
+        with self.lock:
+            join(self.clock_of("copy"), fence.clock)
+
+    def compute_waits(self, fence: FakeFence) -> None:
+        with self.lock:
+            self.run_copies(fence.clock.get("copy", 0))
+            join(self.clock_of("compute"), fence.clock)
+
+    def settle(self) -> None:
+        with self.lock:
+            self.run_copies(1 << 60)
+
+    def kernel_reads(self, tensor: Tensor) -> None:
+        with self.lock:
+            region = self._region(tensor.data_ptr(), self.regions) or self._region(tensor.data_ptr())
+            if region is not None:
+                clock = self.clock_of("compute")
+                assert clock.get("copy", 0) >= region.written, "a kernel reads a slot without waiting for its copy"
+                clock["compute"] = region.used = clock.get("compute", 0) + 1
+
+    def host_writes(self, address: int) -> None:
+        with self.lock:
+            region = self._region(address)
+            if region is not None:
+                clock = self.clock_of(threading.current_thread().name)
+                assert clock.get("copy", 0) >= region.taken, "disk is read over what is still being copied"
+                assert clock.get("compute", 0) >= region.used, "disk is read over what a kernel may still read"
+
+    def _region(self, address: int, regions: list[Region] | None = None) -> Region | None:
+        among = self.pinned.values() if regions is None else regions
+        return next((region for region in among if region.start <= address < region.end), None)
+
+
+@contextmanager
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) -> Iterator[FakeDevice]:
+    """Let `load` find a device, and tell it of every module that runs and of every read from disk."""
+    device = device or FakeDevice()
+    read_into = FileReader.read_into
+
+    def watched(reader: FileReader, path: Path, offset: int, nbytes: int, target: memoryview) -> None:
+        device.host_writes(ctypes.addressof(ctypes.c_char.from_buffer(target)))
+        read_into(reader, path, offset, nbytes, target)
+
+    def touch(module: nn.Module, arguments: Any) -> None:
+        packed = module.packed if isinstance(module, PackedLinear) else None
+        held = [] if packed is None else [packed.codes, packed.scale]
+        held += [tensor for tensor in module._parameters.values() if tensor is not None and not tensor.is_meta]
+        for tensor in held:
+            device.kernel_reads(tensor)
+
+    monkeypatch.setattr(FileReader, "read_into", watched)
+    monkeypatch.setattr("offload.executor.find_device", lambda: device)
+    handle = register_module_forward_pre_hook(touch)
+    try:
+        yield device
+    finally:
+        handle.remove()

@@ -1,0 +1,102 @@
+"""A model on a device, on one that is faked: every placement gives the bits of the resident one, and never races."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice, fake_gpu
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload.executor import executor_of, load
+from offload.planning.choice import plan as real_plan
+from offload.planning.needs import Needs
+from offload.planning.placement import Placement
+
+pytestmark = pytest.mark.timeout(120)
+TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "resident": {"tiers": ("resident",) * 3, "device_depth": 0},
+    "staged, 1 slot": {"tiers": ("staged",) * 3, "device_depth": 1},
+    "staged, 2 slots": {"tiers": ("staged",) * 3, "device_depth": 2},
+    "staged, 3 slots": {"tiers": ("staged",) * 3, "device_depth": 3},
+    "staged between resident": {"tiers": ("staged", "resident", "staged"), "device_depth": 2},
+    "disk into staged, 1 slot": {"tiers": ("disk",) * 3, "depth": 1, "device_depth": 1, "way": "staged"},
+    "disk into staged, 2 slots": {"tiers": ("disk",) * 3, "depth": 2, "device_depth": 2, "way": "staged"},
+    "disk and memory into staged": {
+        "tiers": ("disk", "staged", "disk"),
+        "depth": 1,
+        "device_depth": 2,
+        "way": "staged",
+    },
+    "mapped": {"tiers": ("mapped",) * 3, "way": "mapped"},
+    "disk into mapped": {"tiers": ("disk", "resident", "disk"), "depth": 1, "way": "mapped"},
+    "mapped and disk into mapped": {"tiers": ("mapped", "disk", "disk"), "depth": 2, "way": "mapped"},
+    "host": {"tiers": ("resident", "host", "staged"), "device_depth": 1},
+    "disk into host": {"tiers": ("disk", "staged", "disk"), "depth": 1, "device_depth": 1, "way": "host"},
+}
+
+
+@contextmanager
+def placed(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, name: str, poison: bool = True, device: FakeDevice | None = None
+) -> Iterator[tuple[PreTrainedModel, FakeDevice]]:
+    """A model placed as PLACEMENTS says, on a fake device."""
+
+    def plan(needs: Needs, *_: Any) -> Placement:
+        return Placement(**{"depth": 0, "needs": needs, "budget_bytes": None, **PLACEMENTS[name]})
+
+    with fake_gpu(monkeypatch, device) as found:
+        monkeypatch.setattr("offload.executor.plan", plan)
+        model = load(directory, n_gpu_layers=-1, poison=poison)
+        monkeypatch.setattr("offload.executor.plan", real_plan)
+        try:
+            yield model, found
+        finally:
+            executor_of(model).close()
+
+
+@torch.inference_mode()
+def passes(model: PreTrainedModel) -> list[Tensor]:
+    """Logits of a prompt and of two tokens after it."""
+    out = model(TOKENS, use_cache=True)
+    found = [out.logits]
+    for token in (7, 90):
+        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
+        found.append(out.logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint: Path) -> list[Tensor]:
+    """What a model computes whose layers are all on the host, and which takes no fused step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload.streaming.fuse", lambda *_: 0)
+        return passes(load(tiny_checkpoint))
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("poison", [True, False])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_placement_equals_the_resident_model(
+    name: str,
+    poison: bool,
+    eager: bool,
+    tiny_checkpoint: Path,
+    expected: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
+    with placed(monkeypatch, tiny_checkpoint, name, poison, FakeDevice(eager=eager)) as (model, device):
+        for _ in range(3):
+            assert same(passes(model), expected)
+        assert bool(device.copies) == ("staged" in PLACEMENTS[name]["tiers"] or PLACEMENTS[name].get("way") == "staged")
+    assert not device.pinned
