@@ -86,7 +86,7 @@ def generate(model: PreTrainedModel, **options: Any) -> Tensor:
 
 def through_modules(monkeypatch: pytest.MonkeyPatch, directory: Path, **options: Any) -> PreTrainedModel:
     with monkeypatch.context() as patched:
-        patched.setattr("offload.executor.fuse", lambda *arguments: 0)
+        patched.setattr("offload.streaming.fuse", lambda *arguments: 0)
         return load(directory, **options)
 
 
