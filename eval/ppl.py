@@ -29,6 +29,7 @@ from offload.command import Parser, run, say
 from offload.convert import opened
 from offload.errors import InputError, UsageError
 from offload.executor import load
+from offload.gguf_file import gguf_path
 from offload.kv_calibration import KV_NAME
 from offload.planning.wishes import KVFormat
 from offload.source import DEFAULT_OUTPUT, resolve_model
@@ -133,7 +134,7 @@ def load_for_evaluation(directory: Path, mode: str, kv: KVFormat | None = None) 
 def default_model(model: str | None) -> Path:
     """Return the directory of `--model`: what quant.awq writes by default without it."""
     if model is not None:
-        return opened(resolve_model(model))
+        return opened(gguf_path(Path(model)) or resolve_model(model))
     if not DEFAULT_OUTPUT.is_dir():
         raise InputError(f"{DEFAULT_OUTPUT}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
     return DEFAULT_OUTPUT

@@ -151,3 +151,24 @@ def _packed(codes: Tensor, scales: Tensor, zero: Tensor, symmetric: bool, bits: 
         raise ValueError(f"zero points other than {middle} in a weight that is said to be symmetric")
     group_size = codes.shape[1] * 8 // bits // groups
     return PackedWeight(codes, scales.t().contiguous(), None if symmetric else pack_zero(zero, bits), group_size, bits)
+
+
+def from_ggml(blocks: Tensor, bits: int) -> PackedWeight:
+    """Return a symmetric weight [N, K] in groups of 32 of GGUF's Q4_0 (4 bits) or Q8_0 (8).
+
+    blocks: uint8 [N, K/32 * (2 + 4 * bits)]; a block is a float16 scale, which may be negative, and 32 codes: of 4 bits
+    less 8, byte j holding places j and j + 16; of 8 bits signed, in order (ggml-common.h, block_q4_0 and block_q8_0).
+    Raises ValueError if rows are not whole blocks.
+    """
+    block_bytes = 2 + 4 * bits
+    if blocks.shape[1] % block_bytes:
+        raise ValueError(f"rows of {blocks.shape[1]} bytes; expected a multiple of {block_bytes}")
+    apart = blocks.view(len(blocks), -1, block_bytes)
+    scale = apart[..., :2].contiguous().view(torch.float16).flatten(1)
+    codes = apart[..., 2:]
+    if bits == 4:
+        single = torch.cat((codes & 15, codes >> 4), dim=-1)
+        codes = single[..., 0::2] | single[..., 1::2] << 4
+    else:
+        codes = codes ^ symmetric_zero(bits)
+    return PackedWeight(codes.flatten(1).contiguous(), scale, None, 32, bits)

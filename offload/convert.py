@@ -1,7 +1,7 @@
 """Checkpoints of other tools, re-laid as this toolkit's: once, layer by layer, into a cache to be seen and cleared.
 
-A directory that is named to a command is opened by `opened`: ours as it is, another tool's as its re-laid copy, which
-is made the first time, and made anew when a file of the original has changed.
+A directory or GGUF file that is named to a command is opened by `opened`: ours as it is, another tool's as its re-laid
+copy, which is made the first time, and made anew when a file of the original has changed.
 """
 
 import fcntl
@@ -20,8 +20,10 @@ import offload
 from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, Checkpoint, Recipe, read_json
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, format_bytes, say
+from offload.convert_gguf import convert_gguf, gguf_identity
 from offload.errors import CheckpointError, InputError
 from offload.foreign import Foreign, foreign_format
+from offload.gguf_file import gguf_path
 from offload.layer_view import ORDER
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import cache_directory, files_around
@@ -33,16 +35,22 @@ def opened(directory: Path) -> Path:
 
     Raises InputError or CheckpointError for one that cannot be re-laid exactly.
     """
-    found = foreign_format(directory)
-    if found is None:
+    file = gguf_path(directory)
+    found = None if file is not None else foreign_format(directory)
+    if file is None and found is None:
         return directory
-    copy = _copies() / f"{directory.resolve().name}-{_identity(directory)}"
+    identity = _identity(directory) if file is None else gguf_identity(file)
+    copy = _copies() / f"{(file or directory).resolve().name}-{identity}"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with (copy.parent / f".{copy.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process that is at it is waited for
         if not (copy / MANIFEST_NAME).exists():
-            say(f"{directory}: of {found.kind}, re-laid once into {copy}; `python -m quant.convert --clear` removes it")
-            convert(directory, copy, found)
+            kind = "gguf" if found is None else found.kind
+            say(f"{directory}: of {kind}, re-laid once into {copy}; `python -m quant.convert --clear` removes it")
+            if found is not None:
+                convert(directory, copy, found)
+            elif file is not None:
+                convert_gguf(file, copy)
     return copy
 
 

@@ -7,6 +7,7 @@ Models come from transformers; nothing of an architecture is written here. Fused
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,15 +24,19 @@ def read_config(directory: Path) -> PretrainedConfig:
 
     Raises InputError for an architecture that transformers does not know.
     """
-    values = read_json(directory / CONFIG_NAME)
-    values.pop("quantization_config", None)
+    return config_of(read_json(directory / CONFIG_NAME), directory / CONFIG_NAME)
+
+
+def config_of(values: dict[str, Any], path: Path) -> PretrainedConfig:
+    """Return the configuration that values of a config.json describe; the error of `read_config` names `path`."""
+    values = {key: value for key, value in values.items() if key != "quantization_config"}
     model_type = values.pop("model_type", None)
     try:
         # JSON has no infinity: transformers writes {"__float__": "Infinity"}, which `for_model` does not read.
         return AutoConfig.for_model(model_type, **PretrainedConfig._decode_special_floats(values))
     except Exception as error:  # each family has its own ways to refuse a value
         raise InputError(
-            f"{directory / CONFIG_NAME}: transformers cannot build model_type {model_type!r} ({_reason(error)}); "
+            f"{path}: transformers cannot build model_type {model_type!r} ({_reason(error)}); "
             "models that bring their own code are never run"
         ) from None
 

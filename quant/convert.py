@@ -21,6 +21,8 @@ def _command(argv: list[str]) -> None:
     if options.output is not None and options.model is None:
         raise UsageError(f"--output {options.output}: name the --model that goes there")
     from offload.convert import clear, convert, describe_copies, opened, require_format
+    from offload.convert_gguf import convert_gguf
+    from offload.gguf_file import gguf_path
 
     if options.list:
         print("\n".join(describe_copies()) or "nothing was converted yet")
@@ -28,24 +30,27 @@ def _command(argv: list[str]) -> None:
     if options.clear:
         say(f"{format_bytes(clear())} removed")
         return
-    directory = resolve_model(options.model)
-    found, started = require_format(directory), time.monotonic()
+    file, started = gguf_path(Path(options.model)), time.monotonic()
+    model = file or resolve_model(options.model)
+    found = None if file else require_format(model)
     if options.output is None:
-        output = opened(directory)
+        output = opened(model)
+    elif found is None:
+        output = convert_gguf(model, options.output, options.overwrite).directory
     else:
-        output = convert(directory, options.output, found, options.overwrite).directory
-    seconds = time.monotonic() - started
+        output = convert(model, options.output, found, options.overwrite).directory
+    seconds, kind = time.monotonic() - started, "gguf" if found is None else found.kind
     if options.json:
-        print(json.dumps({"model": str(directory), "format": found.kind, "output": str(output), "seconds": seconds}))
+        print(json.dumps({"model": str(model), "format": kind, "output": str(output), "seconds": seconds}))
     else:
-        say(f"{output}: {found.kind}, {found.bits} bits, in {seconds:.1f} s")
+        say(f"{output}: of {kind}, in {seconds:.1f} s")
         say(f"next: python -m offload.generate --model {output}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("quant.convert", "Re-lay a checkpoint of AWQ, GPTQ or compressed-tensors; nothing is rounded.")
+    parser = Parser("quant.convert", "Re-lay a checkpoint of AWQ, GPTQ, compressed-tensors or GGUF.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-m", "--model", help="directory or hub id")
+    what.add_argument("-m", "--model", help="directory, .gguf file or hub id")
     what.add_argument("--list", action="store_true", help="list what was converted into the cache")
     what.add_argument("--clear", action="store_true", help="remove all of it")
     parser.add_argument("-o", "--output", type=Path, help="directory to write; default: the cache, where commands look")
