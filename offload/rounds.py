@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from offload.errors import UsageError
 from offload.executor import executor_of
 
 _BEFORE_A_PASS = -1
@@ -96,10 +97,15 @@ class Round:
 
 
 class Rounds:
-    """Runs sequences on a loaded model, at most `most` at a time; the others wait in line. To be closed."""
+    """Runs sequences on a loaded model, at most `most` at a time; the others wait in line. To be closed.
+
+    Raises UsageError for a model with layers on a GPU: their slots know no gate yet.
+    """
 
     def __init__(self, model: PreTrainedModel, most: int) -> None:
         self._executor, self._most = executor_of(model), most
+        if self._executor.device_side is not None:
+            raise UsageError("requests share passes over layers on the host only: leave the GPU out, or generate alone")
         self._change = Condition()
         self._waiting: deque[Sequence] = deque()
         self._members: list[Sequence] = []

@@ -112,9 +112,10 @@ class Session:
         if cache is not None:
             more["past_key_values"] = cache
         cached = 0 if cache is None else cache.get_seq_length()
+        prompt = torch.tensor([list(tokens)], device=self.executor.device)
         output = self.model.generate(
-            torch.tensor([list(tokens)]),
-            attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
             streamer=streamer,
             prefill_chunk_size=PREFILL_CHUNK_TOKENS if len(tokens) - cached > PREFILL_CHUNK_TOKENS else None,

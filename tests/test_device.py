@@ -11,10 +11,12 @@ from fake_device import FakeDevice, fake_gpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload.errors import UsageError
 from offload.executor import executor_of, load
 from offload.planning.choice import plan as real_plan
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement
+from offload.rounds import Rounds
 
 pytestmark = pytest.mark.timeout(120)
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
@@ -100,3 +102,40 @@ def test_every_placement_equals_the_resident_model(
             assert same(passes(model), expected)
         assert bool(device.copies) == ("staged" in PLACEMENTS[name]["tiers"] or PLACEMENTS[name].get("way") == "staged")
     assert not device.pinned
+
+
+@pytest.mark.parametrize(
+    "name", ["staged, 2 slots", "disk into staged, 2 slots", "mapped and disk into mapped", "host"]
+)
+def test_a_pass_after_an_interrupted_one_is_right(
+    name: str, tiny_checkpoint: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
+    with placed(monkeypatch, tiny_checkpoint, name) as (model, _):
+        leaves = [module for module in model.modules() if not list(module.children())]
+        for leaf in leaves:
+            interrupted = leaf.register_forward_pre_hook(raise_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                passes(model)
+            interrupted.remove()
+            assert same(passes(model), expected)
+
+
+def raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_requests_are_not_served_together_from_a_gpu(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        placed(monkeypatch, tiny_checkpoint, "resident") as (model, _),
+        pytest.raises(UsageError, match="requests share passes over layers on the host only: leave the GPU out"),
+    ):
+        Rounds(model, 2)
+
+
+def test_generation_is_that_of_the_host(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    host = load(tiny_checkpoint).generate(TOKENS, **options)
+    with placed(monkeypatch, tiny_checkpoint, "staged between resident") as (model, _):
+        assert torch.equal(model.generate(TOKENS, **options), host)

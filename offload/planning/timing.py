@@ -53,7 +53,8 @@ class Timing:
 def time_decode(model: PreTrainedModel, prompt_tokens: int, steps: int, batch_size: int = 1) -> Timing:
     """Generate `steps` tokens after a prompt of `prompt_tokens`, of each sequence, and time them after the first."""
     clock, stopwatch = Clock(), _Stopwatch(executor_of(model))
-    tokens = (torch.arange(prompt_tokens) % 100 + 100).repeat(batch_size, 1)
+    device = executor_of(model).device
+    tokens = (torch.arange(prompt_tokens, device=device) % 100 + 100).repeat(batch_size, 1)
     with torch.inference_mode(), stopwatch:
         model.generate(
             tokens,
