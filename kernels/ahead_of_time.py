@@ -20,10 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.kv_block import BLOCK_TOKENS
+from kernels.triton_attention import ROWS, AttentionTile
+from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
 from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
 from kernels.triton_matmul import TUNINGS, Tile
 
 _CAPABILITIES = (80, 90, 100)
+_HEAD_DIMS = (64, 128)
 _BITS_AND_GROUPS = ((4, 0), (4, 32), (4, 64), (4, 128), (8, 0), (8, 128))
 _SHARED_LIMIT_BYTES = 99 << 10
 _MULTIPLES_OF_16 = ("N", "K", "row_bytes")
@@ -104,6 +108,8 @@ def configurations(capability: int) -> Iterator[Configuration]:
         splits = {"SPLITS": 16, "BLOCK": 1024, "HAS_BIAS": True}
         arguments = {"partial_SMN": "*fp32", "bias_N": f"*{dtype}", "out_MN": f"*{dtype}"}
         yield _configuration(f"reduce, {dtype}", reduce_kernel, arguments, splits, 4, 1)
+        for dim in _HEAD_DIMS:
+            yield from _attention(dtype, dim)
 
 
 def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constants: dict[str, Any]) -> Configuration:
@@ -137,6 +143,28 @@ def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constan
         loop_weights=None if tile.scale_weights else tile.block_n * step,
         gated=constants["BITS"] == 4 and tile.block_m == 16 and step >= 64,
     )
+
+
+def _attention(dtype: str, dim: int) -> Iterator[Configuration]:
+    """Yield what attention over 8-bit keys and values launches for heads of `dim` elements."""
+    tile, label = AttentionTile.of(dim, dim), f"{dtype}, heads of {dim}"
+    constants: dict[str, Any] = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_TOKENS": BLOCK_TOKENS}
+    constants |= {"KEY_BLOCK": tile.key_block, "VALUE_BLOCK": tile.value_block, "STEP": tile.step_tokens}
+    constants |= {"GROUP": 4, "BLOCK_M": ROWS, "PTX": True}
+    arguments = {"query_BHND": f"*{dtype}", "addresses": "*i64", "scaling_log2": "fp32"}
+    arguments |= {"out_SBNHD": "*fp32", "logsum_SBNH": "*fp32"}
+    for masked in (False, True):
+        seen = {"mask_BNT": "*u8"} if masked else {}
+        more = {"HAS_MASK": masked} | ({} if masked else {"mask_BNT": None})
+        name = f"attention, {label}, {'masked' if masked else 'causal'}"
+        warps, stages = tile.num_warps, tile.num_stages
+        yield _configuration(name, attention_kernel, arguments | seen, constants | more, warps, stages)
+    merged = {"part_SRD": "*fp32", "logsum_SR": "*fp32", "out_RD": f"*{dtype}"}
+    sizes = {"VALUE_DIM": dim, "VALUE_BLOCK": tile.value_block}
+    yield _configuration(f"merge, {label}", merge_kernel, merged, sizes, 1, 3)
+    written = {"x_BKND": f"*{dtype}", "offset_KD": "*fp32", "addresses": "*i64"}
+    sizes = {"DIM": dim, "BLOCK": tile.key_block, "BLOCK_TOKENS": BLOCK_TOKENS, "HAS_OFFSET": True}
+    yield _configuration(f"append, {label}", append_kernel, written, sizes, 1, 3)
 
 
 def _configuration(
@@ -216,7 +244,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     failed = 0
     for (configuration, _), result in zip(pairs, results, strict=True):
-        failures = result.failures(configuration.kernel is matmul_kernel, configuration.gated)
+        failures = result.failures(configuration.kernel in (matmul_kernel, attention_kernel), configuration.gated)
         failed += bool(failures)
         print(
             f"| {result.name} | {result.capability} | {result.registers} | {result.spilled_bytes} "

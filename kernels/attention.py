@@ -29,7 +29,11 @@ def append_tokens(
 
     key_BKND, value_BKND: float32, bfloat16 or float16, on the blocks' device. key_offset: as in `KVContext`.
     """
-    if key_BKND.is_cuda or compiled_library() is None:
+    if key_BKND.is_cuda:
+        from kernels.triton_attention import append_tokens_triton  # triton is no dependency without a GPU
+
+        append_tokens_triton(blocks, start, key_BKND, value_BKND, key_offset)
+    elif compiled_library() is None:
         write_tokens(blocks, start, key_BKND, value_BKND, key_offset)
     else:
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_BKND, value_BKND))
@@ -51,9 +55,9 @@ def attention(
     """
     if query_BHND.shape[1] % context.shape.key_heads:
         raise ValueError(f"{query_BHND.shape[1]} heads cannot share {context.shape.key_heads} key heads evenly")
-    if query_BHND.is_cuda:
-        return _on_device(query_BHND, context, scaling, mask)
     fused = query_BHND.shape[2] <= MOST_FUSED_QUERIES
+    if query_BHND.is_cuda:
+        return (_fused_on_device if fused else _on_device)(query_BHND, context, scaling, mask)
     kind = CompiledAttention if fused and compiled_library() is not None else DequantizedAttention
     attending = kind(query_BHND, context, scaling, mask)
     for first, last in [(0, context.tokens)] if parts is None else parts:
@@ -112,6 +116,12 @@ def visible_tokens(queries: int, tokens: int, first: int, last: int, mask: Tenso
         return None
     own = torch.arange(tokens - queries, tokens)[:, None]
     return (torch.arange(first, last) <= own)[None, None]
+
+
+def _fused_on_device(query_BHND: Tensor, context: KVContext, scaling: float, mask: Tensor | None) -> Tensor:
+    from kernels.triton_attention import attention_triton  # triton is no dependency without a GPU
+
+    return attention_triton(query_BHND, context, scaling, mask)
 
 
 def _on_device(query_BHND: Tensor, context: KVContext, scaling: float, mask: Tensor | None) -> Tensor:

@@ -106,6 +106,7 @@ class KVBlocks:
         self.shape = shape
         self.addresses = array("q")
         self._blocks: list[KVBlock | None] = []
+        self._device_addresses: Tensor | None = None
         for block in blocks:
             self.append(block)
 
@@ -115,16 +116,25 @@ class KVBlocks:
             raise ValueError(f"a block of {block.shape} among those of {self.shape}")
         self._blocks.append(block)
         self.addresses.append(block.memory.data_ptr())
+        self._device_addresses = None
 
     def place(self, index: int, block: KVBlock | None) -> None:
         """Say where a block lies now; None: not in memory, so that nobody may ask for it."""
         self._blocks[index] = block
         self.addresses[index] = 0 if block is None else block.memory.data_ptr()
+        self._device_addresses = None
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` blocks."""
         del self._blocks[count:]
         del self.addresses[count:]
+        self._device_addresses = None
+
+    def device_addresses(self) -> Tensor:
+        """Return the addresses, int64 [blocks], on the first block's device; copied when one came, went or moved."""
+        if self._device_addresses is None:
+            self._device_addresses = torch.tensor(self.addresses, dtype=torch.int64, device=self[0].memory.device)
+        return self._device_addresses
 
     def __reduce__(self) -> tuple[type["KVBlocks"], tuple[BlockShape, tuple[KVBlock, ...]]]:
         """Let a copy have addresses of its own blocks. Every block has to be in memory."""

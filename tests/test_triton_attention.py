@@ -1,0 +1,139 @@
+"""The GPU's attention over 8-bit keys and values, in Triton's interpreter; its machine code, compiled without a GPU.
+
+Triton decides when it is imported whether it interprets, so the interpreter has a process of its own.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_attention import BF16, CASES, FP16, FP32, Case, empty_blocks, random_context, random_mask, random_query
+from torch import Tensor
+
+from kernels.ahead_of_time import compile_one, configurations
+from kernels.kv_block import BlockShape, KVContext, write_tokens
+from kernels.reference import attention_reference
+from kernels.triton_attention import MOST_SPLITS, SPLIT_TOKENS, append_tokens_triton, attention_triton, split_tokens
+from kernels.triton_attention_kernels import attention_kernel
+
+SPLIT_CASES = [Case(tokens=2 * SPLIT_TOKENS + 77, group=3), Case(tokens=300, queries=7), Case(tokens=64, queries=16)]
+ODD = Case(BlockShape(2, 2, 64, 64), tokens=600, queries=7)
+
+
+def poisoned(*arguments: Any, **options: Any) -> Tensor:
+    return torch.full(*arguments[:1] if len(arguments) == 1 else (arguments,), float("nan"), **options)
+
+
+def interpreted(query: Tensor, context: KVContext, mask: Tensor | None = None) -> Tensor:
+    with patch("kernels.triton_attention.torch.empty", poisoned):
+        return attention_triton(query, context, 1.0, mask)
+
+
+def interpreted_errors(case: Case) -> list[float]:
+    """Return the largest error over the largest value, without and with a mask."""
+    torch.manual_seed(0)
+    context, query, found = random_context(case), random_query(case), []
+    for mask in (None, random_mask(case)):
+        expected = attention_reference(query, context, 1.0, mask)
+        ours = interpreted(query, context, mask)
+        assert ours.dtype == query.dtype
+        found.append(float((ours.float() - expected).abs().max() / expected.abs().max()))
+    return found
+
+
+def interpreted_queries_alone() -> None:
+    """Assert that a query gets the same bits whoever asks with it, where the context is split in the same places."""
+    torch.manual_seed(0)
+    context, query = random_context(ODD), random_query(ODD)
+    together = interpreted(query, context)
+    for n in range(ODD.queries):
+        tokens = ODD.tokens - ODD.queries + n + 1
+        alone = interpreted(query[:, :, n : n + 1], KVContext(context.blocks, tokens))
+        assert torch.equal(alone[:, :, 0], together[:, :, n])
+
+
+def interpreted_masks() -> None:
+    """Assert that hidden tokens count nothing even where they are NaN, and that who sees nothing gets zeros."""
+    torch.manual_seed(0)
+    context, query, mask = random_context(ODD), random_query(ODD), random_mask(ODD)
+    mask[1, :, 1] = False
+    blind = interpreted(query, context, mask)
+    assert (blind[1, :, 1] == 0).all()
+    assert blind.isfinite().all()
+
+
+def interpreted_appending(dtype: torch.dtype) -> None:
+    """Assert the bytes of the reference, in one piece and in several, NaN and infinity in them."""
+    torch.manual_seed(0)
+    shape, tokens = BlockShape(2, 2, 24, 40), 70
+    key = (3 * torch.randn(2, tokens, 2, 24)).to(dtype).transpose(1, 2)
+    value = torch.randn(2, 2, tokens, 40, dtype=dtype)
+    key[0, 0, 5], value[1, 1, 7] = 0, 0
+    key[1, 1, 9, 3], value[0, 0, 11, 2] = torch.inf, torch.nan
+    for offset in (None, torch.randn(2, 24)) if dtype == FP32 else (torch.randn(2, 24),):
+        expected, found = empty_blocks(shape, tokens), empty_blocks(shape, tokens)
+        write_tokens(expected, 0, key, value, offset)
+        for start, stop in ((0, 1), (1, 65), (65, 70)):
+            append_tokens_triton(found, start, key[:, :, start:stop], value[:, :, start:stop], offset)
+        for a, b in zip(expected, found, strict=True):
+            for codes, scale in (("key_codes", "key_scale"), ("value_codes", "value_scale")):
+                finite = getattr(a, scale).isfinite()
+                assert torch.equal(finite, getattr(b, scale).isfinite())
+                assert torch.equal(getattr(a, scale)[finite], getattr(b, scale)[finite])
+                assert torch.equal(getattr(a, codes)[finite], getattr(b, codes)[finite])
+
+
+def kernel_class() -> str:
+    return type(attention_kernel).__name__
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TRITON_INTERPRET", "1")
+            kernel = pool.submit(kernel_class).result(timeout=120)
+        assert kernel == "InterpretedFunction"
+        yield pool
+
+
+@pytest.mark.parametrize("case", [*CASES, *SPLIT_CASES], ids=str)
+def test_interpreted_attention_is_the_naive_one(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    """But for the rounding of queries to 15 bits, see tests/test_attention.py, and of weights to float16."""
+    step = torch.finfo(case.dtype).eps if case.dtype != FP32 else 0.0
+    for error in interpreter.submit(interpreted_errors, case).result(timeout=120):
+        assert error <= step + 1e-3
+
+
+def test_interpreted_queries_do_not_see_who_else_asks(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_queries_alone).result(timeout=120)
+
+
+def test_interpreted_masks_hide_tokens(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_masks).result(timeout=120)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_interpreted_appending_writes_the_bytes_of_the_reference(
+    interpreter: ProcessPoolExecutor, dtype: torch.dtype
+) -> None:
+    interpreter.submit(interpreted_appending, dtype).result(timeout=120)
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 16384, 16385, 1 << 20])
+def test_splits_are_whole_steps_and_few(tokens: int) -> None:
+    split = split_tokens(tokens)
+    assert split % SPLIT_TOKENS == 0
+    assert -(-tokens // split) <= MOST_SPLITS
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_attention_compiles_ahead_of_time_without_spilling(capability: int) -> None:
+    named = (c for c in configurations(capability) if c.name == "attention, bf16, heads of 128, masked")
+    compiled = compile_one(next(named), capability)
+    assert compiled.failures(fused=True, gated=False) == []
+    assert compiled.tensor_core_instructions
