@@ -61,12 +61,15 @@ class TransferQueue(ABC):
         return transfer
 
     def wait(self, transfer: Transfer, siblings: Iterable[Transfer] = ()) -> None:
-        """Return when `transfer` is done. Raises what it or a sibling raised. The lock is held, but not here."""
+        """Return when `transfer` is done. Raises what it or a sibling before it raised. The lock is held, but not here.
+
+        What went wrong with one that is needed later is heard when that one is needed.
+        """
         started = time.perf_counter()
         transfers = [transfer, *siblings]
         self.change.wait_for(lambda: transfer.done or any(one.error for one in transfers) or self.closed)
         self.wait_seconds += time.perf_counter() - started
-        for one in transfers:
+        for one in () if transfer.done else transfers:
             if one.error is not None:
                 raise one.error
         if self.closed:
