@@ -5,7 +5,7 @@ Those that come from disk first, or through a small pinned buffer where memory c
 thread. In either case what is computed waits for them on the device, and they for what was computed, not the host.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -84,13 +84,10 @@ class CopyQueue(TransferQueue):
     """Copies blobs to the device. To be used from the thread that computes.
 
     sources: who lends each blob, and as which position, by the name of its module. bounce: the way out of arenas that
-    are not pinned. bytes_copied: counted since the beginning. on_copy(blob, begun, ended), if set, is told of every
-    copy, with timed fences.
+    are not pinned.
     """
 
     def __init__(self, device: Device, sources: Mapping[str, tuple[Lender, int]], bounce: Bounce | None) -> None:
-        self.bytes_copied = 0
-        self.on_copy: Callable[[LayerBlob, Fence, Fence], None] | None = None
         self._device, self._sources, self._bounce = device, sources, bounce
         self._threaded = bounce is not None or any(isinstance(lender, Slots) for lender, _ in sources.values())
         super().__init__("copy-ahead", self._threaded)
@@ -123,14 +120,9 @@ class CopyQueue(TransferQueue):
         try:
             if transfer.after is not None:
                 self._device.copies_wait(transfer.after)
-            timed = self.on_copy is not None
-            begun = self._device.mark_copies(timed) if timed else None
             count = transfer.blob.nbytes
             copy = self._device.copy if arena.pinned or self._bounce is None else self._bounce.copy
             copy(transfer.arena.bytes[:count], arena.bytes[:count])
-            transfer.ready = self._device.mark_copies(timed)
-            self.bytes_copied += count
-            if self.on_copy is not None and begun is not None:
-                self.on_copy(transfer.blob, begun, transfer.ready)
+            transfer.ready = self._device.mark_copies()
         finally:
             lender.release(position)

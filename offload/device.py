@@ -23,9 +23,6 @@ class Fence(Protocol):
     def synchronize(self) -> None:
         """Let this thread wait until it is reached."""
 
-    def seconds_after(self, other: "Fence") -> float:
-        """Return the time between two fences that were made to be timed, and are reached."""
-
 
 class Device(Protocol):
     """A device of which `torch_device` is torch's name."""
@@ -56,7 +53,7 @@ class Device(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
 
-    def mark_copies(self, timed: bool = False) -> Fence:
+    def mark_copies(self) -> Fence:
         """Return a fence behind the copies that are queued."""
 
     def mark_compute(self) -> Fence:
@@ -80,18 +77,13 @@ def find_device() -> Device | None:
 class CudaFence:
     """An event of CUDA."""
 
-    def __init__(self, stream: torch.cuda.Stream, timed: bool = False) -> None:
-        self.event = torch.cuda.Event(enable_timing=timed)
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event()
         self.event.record(stream)
 
     def synchronize(self) -> None:
         """Let this thread wait until it is reached."""
         self.event.synchronize()
-
-    def seconds_after(self, other: Fence) -> float:
-        """Return the time between two fences that were made to be timed, and are reached."""
-        assert isinstance(other, CudaFence), "fences of one device"
-        return float(other.event.elapsed_time(self.event)) / 1e3
 
 
 class CudaDevice:
@@ -147,9 +139,9 @@ class CudaDevice:
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
-    def mark_copies(self, timed: bool = False) -> Fence:
+    def mark_copies(self) -> Fence:
         """Return a fence behind the copies that are queued."""
-        return CudaFence(self._copies, timed)
+        return CudaFence(self._copies)
 
     def mark_compute(self) -> Fence:
         """Return a fence behind what the caller has queued to be computed."""

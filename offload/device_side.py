@@ -130,7 +130,7 @@ class DeviceSide:
     ) -> None:
         blobs = [parts.blobs[at] for at in places]
         self.copies = CopyQueue(self.device, {parts.blobs[at].module: lenders[at] for at in places}, self._bounce)
-        self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute, places)
+        self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute)
         lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory))
         for position, at in enumerate(places):
             self._handles += lent.hook(parts.layers[at], position)

@@ -89,6 +89,11 @@ def load(
     executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison=poison, device=device)
     try:
         executor.attach()
+    except torch.OutOfMemoryError as error:
+        executor.close()
+        raise ResourceError(
+            "the GPU ran out of memory while layers were brought there; give a smaller --gpu-memory"
+        ) from error
     except BaseException:  # its thread and its files would stay
         executor.close()
         raise

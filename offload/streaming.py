@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from offload.checkpoint import Checkpoint, LayerBlob
@@ -20,7 +19,7 @@ from offload.device_side import DeviceSide, Parts, move_buffers
 from offload.embedding import DiskEmbedding
 from offload.expert_cache import ExpertCache
 from offload.experts import Experts
-from offload.fused import fuse, unfuse
+from offload.fused import fuse
 from offload.head import StreamedHead, verify_head
 from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.lent_layers import LentLayers
@@ -35,20 +34,19 @@ from offload.units import Units, without
 
 @dataclass(frozen=True, slots=True)
 class StreamingStats:
-    """What has been read from disk, and copied to a device, since the model was loaded."""
+    """What has been read from disk since the model was loaded."""
 
     bytes_read: int
     layer_reads: int
     wait_seconds: float
     direct: bool
-    bytes_copied: int = 0
 
 
 class Executor:
     """Owns the memory of a model's weights and moves them under its decoder layers.
 
     device: what a placement that uses one means. poison: fill freed slots with NaN, for tests. slots: the ring that
-    disk is read into; rings: those that layers of a pass wait for.
+    disk is read into.
     """
 
     def __init__(
@@ -66,9 +64,6 @@ class Executor:
         self.reader = FileReader()
         self.device_side = None if device is None else DeviceSide(device, poison)
         self._embedding: DiskEmbedding | None = None
-        self._handles: list[RemovableHandle] = []
-        self._kept: list[LayerView] = []
-        self._earlier = StreamingStats(0, 0, 0.0, True)
         self.kv: KVFormat | None = None
         self.kv_bytes: int | None = None
         self._kv_queue: ReadQueue | None = None
@@ -89,30 +84,16 @@ class Executor:
         self._lent = None if self.slots is None else LentLayers(self.slots, self._streamed_view)
 
     def _host_ring(self, queue: ReadQueue) -> Slots:
-        placement, fence, places = self.placement, None, None
+        placement, fence = self.placement, None
         if self.device_side is not None:
-            device, places = self.device_side.device, [at for at, tier in enumerate(placement.tiers) if tier == "disk"]
+            device = self.device_side.device
             fence = {"staged": device.mark_copies, "mapped": device.mark_compute}.get(placement.way)
-        return Slots(self.streamed_blobs, placement.depth, queue, self.poison, fence, places)
+        return Slots(self.streamed_blobs, placement.depth, queue, self.poison, fence)
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         return [self.model.get_submodule(blob.module) for blob in self.blobs]
-
-    @property
-    def rings(self) -> list[Slots]:
-        """The rings that layers of a pass wait for, and the head's blocks; each knows their places in the pass."""
-        through = self.slots is not None and (self.device_side is None or self.placement.way != "staged")
-        found = [self.slots] if through else []
-        found += [self.device_side.ring] if self.device_side is not None else []
-        return [ring for ring in found if ring is not None]
-
-    def release(self, place: int) -> None:
-        """Give the slot of the unit at this place in a pass back to the ring it is of."""
-        for ring in self.rings:
-            if place in ring.places:
-                ring.release(ring.places.index(place))
 
     @property
     def device(self) -> torch.device:
@@ -129,13 +110,12 @@ class Executor:
     @property
     def stats(self) -> StreamingStats:
         """Counters since loading."""
-        earlier, copies = self._earlier, None if self.device_side is None else self.device_side.copies
+        copies = None if self.device_side is None else self.device_side.copies
         return StreamingStats(
-            earlier.bytes_read + (0 if self.queue is None else self.queue.bytes_read),
-            earlier.layer_reads + (0 if self.queue is None else self.queue.reads),
-            earlier.wait_seconds + sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
+            0 if self.queue is None else self.queue.bytes_read,
+            0 if self.queue is None else self.queue.reads,
+            sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
             self.reader.direct,
-            earlier.bytes_copied + (0 if copies is None else copies.bytes_copied),
         )
 
     @property
@@ -169,20 +149,8 @@ class Executor:
         self.model.tie_weights()
         self.fuse()
 
-    def rearrange(self, placement: Placement) -> None:
-        """Bring every decoder layer to the tier of another placement; what lies around them stays where it is.
-
-        No forward may be running. Raises what `attach` raises.
-        """
-        self._earlier = self.stats
-        self._drop_layers()
-        self._prepare(placement)
-        self.attach_layers()
-        self.fuse()
-
     def fuse(self) -> None:
         """Let single tokens take the fused call in layers that the host computes."""
-        unfuse(self.layers)
         on_host = [at for at, how in enumerate(self.placement.hows) if how == "host"]
         fuse(self.model, {at: self.layers[at] for at in on_host}, self._in_memory)
 
@@ -197,21 +165,10 @@ class Executor:
             move_buffers(self.model, on_host, self.device)
         for blob, tier, how in zip(placed, placement.tiers, placement.hows, strict=True):
             if tier == "host":
-                self._kept.append(self._keep_on_host(blob))
+                self._keep_on_host(blob)
             elif tier == "disk" and how == "host" and self._lent is not None:
                 layer, position = self.model.get_submodule(blob.module), self.streamed_blobs.index(blob)
-                self._handles += self._lent.hook(layer, position)
-
-    def _drop_layers(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for view in self._kept:
-            view.detach()
-        if self.queue is not None:
-            self.queue.close()
-        if self.device_side is not None:
-            self.device_side.close()
-        self._handles, self._kept, self.queue, self.slots, self._lent = [], [], None, None, None
+                self._lent.hook(layer, position)
 
     def _in_memory(self, index: int) -> AbstractContextManager[None]:
         """Return a context in which the weights of decoder layer `index` are attached."""

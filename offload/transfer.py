@@ -25,10 +25,10 @@ class _Held:
 class Gate(Protocol):
     """Who lets several sequences use a unit before its slot is free again, see `offload.rounds`."""
 
-    def arrive(self, place: int) -> None:
-        """Return when the unit at this place in a pass may be used."""
+    def arrive(self, position: int) -> None:
+        """Return when the unit may be used."""
 
-    def keeps(self, place: int) -> bool:
+    def keeps(self, position: int) -> bool:
         """Whether the unit that one of them has released is to stay for the others."""
 
 
@@ -36,8 +36,8 @@ class Slots:
     """Streams `blobs` in circles through slots of the largest one's size, ahead of use, over the link of `queue`.
 
     arenas: the slots, or how many of them to make in host memory. poison: freed slots become NaN. fence: makes one
-    behind everything that a device still does with a slot, where one does. places: of the blobs in a pass, if there is
-    more in it than they are. gate: asked before each wait and at each release, if there is one.
+    behind everything that a device still does with a slot, where one does. gate: asked before each wait and at each
+    release, if there is one.
     """
 
     def __init__(
@@ -47,12 +47,10 @@ class Slots:
         queue: TransferQueue,
         poison: bool = False,
         fence: Callable[[], Fence] | None = None,
-        places: Sequence[int] | None = None,
     ) -> None:
         self.queue, self._blobs, self._poison, self._fence = queue, blobs, poison, fence
         size = max(blob.nbytes for blob in blobs)
         self.arenas: list[Any] = [Arena(size) for _ in range(arenas)] if isinstance(arenas, int) else list(arenas)
-        self.places = range(len(blobs)) if places is None else places
         self.gate: Gate | None = None
         self._held: dict[int, _Held] = {}  # by the position of a blob
         self._free = deque(range(len(self.arenas)))
@@ -64,7 +62,7 @@ class Slots:
         In a device's memory it holds it for what is computed from now on.
         """
         if self.gate is not None:
-            self.gate.arrive(self.places[position])
+            self.gate.arrive(position)
         with self.queue.change:
             if position not in self._held and not self._free:
                 self._reset()  # an earlier forward was abandoned and left its layers behind
@@ -79,7 +77,7 @@ class Slots:
 
     def release(self, position: int) -> None:
         """Give the slot of blob `position` back and queue the next blobs."""
-        if self.gate is not None and self.gate.keeps(self.places[position]):
+        if self.gate is not None and self.gate.keeps(position):
             return
         with self.queue.change:
             held = self._held.pop(position, None)

@@ -1,7 +1,10 @@
 """A tiny model with a tokenizer, made from a seed, and checkpoints of it; options and marks."""
 
+import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="measures the real model: --run-slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def kernel_class() -> str:
+    """Tell whether triton interprets here."""
+    from kernels.triton_kernels import matmul_kernel
+
+    return type(matmul_kernel).__name__
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton interprets, which it decides when it is imported."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TRITON_INTERPRET", "1")
+            kernel = pool.submit(kernel_class).result(timeout=120)
+        assert kernel == "InterpretedFunction"
+        yield pool
 
 
 @pytest.fixture(autouse=True)

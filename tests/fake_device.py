@@ -42,9 +42,6 @@ class FakeFence:
             self.device.run_copies(self.clock.get("copy", 0))
             join(self.device.clock_of(thread), self.clock)
 
-    def seconds_after(self, other: Any) -> float:
-        return float(self.clock.get("copy", 0) - other.clock.get("copy", 0))
-
 
 def join(clock: Clock, other: Clock) -> None:
     for stream, count in other.items():
@@ -111,7 +108,7 @@ class FakeDevice:
             _, target, source = self._pending.pop(0)
             target.copy_(source)
 
-    def mark_copies(self, timed: bool = False) -> FakeFence:
+    def mark_copies(self) -> FakeFence:
         with self.lock:
             return FakeFence(self, dict(self.clock_of("copy")))
 

@@ -11,7 +11,7 @@ from fake_device import FakeDevice, fake_gpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.errors import UsageError
+from offload.errors import ResourceError, UsageError
 from offload.executor import executor_of, load
 from offload.planning.choice import plan as real_plan
 from offload.planning.needs import Needs
@@ -139,3 +139,32 @@ def test_generation_is_that_of_the_host(tiny_checkpoint: Path, monkeypatch: pyte
     host = load(tiny_checkpoint).generate(TOKENS, **options)
     with placed(monkeypatch, tiny_checkpoint, "staged between resident") as (model, _):
         assert torch.equal(model.generate(TOKENS, **options), host)
+
+
+@pytest.mark.parametrize("name", [name for name, placement in PLACEMENTS.items() if "staged" in str(placement)])
+def test_memory_that_cannot_be_pinned_is_gone_around_and_said(
+    name: str,
+    tiny_checkpoint: Path,
+    expected: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
+    refused = FakeDevice(unpinned=1)
+    with placed(monkeypatch, tiny_checkpoint, name, device=refused) as (model, device):
+        assert same(passes(model), expected)
+        assert device.copies
+    assert "cannot be pinned (`ulimit -l`)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["resident", "staged, 2 slots", "mapped"])
+def test_a_gpu_that_is_full_is_an_error_and_leaves_nothing_pinned(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = FakeDevice(fail_at=1)
+    with (
+        pytest.raises(ResourceError, match=r"the GPU ran out of memory .* give a smaller --gpu-memory"),
+        placed(monkeypatch, tiny_checkpoint, name, device=full),
+    ):
+        pass
+    assert not full.pinned

@@ -3,8 +3,6 @@
 Triton decides when it is imported whether it interprets, so the interpreter has a process of its own.
 """
 
-import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +16,6 @@ from kernels.ahead_of_time import compile_one, configurations
 from kernels.kv_block import BlockShape, KVContext, write_tokens
 from kernels.reference import attention_reference
 from kernels.triton_attention import MOST_SPLITS, SPLIT_TOKENS, append_tokens_triton, attention_triton, split_tokens
-from kernels.triton_attention_kernels import attention_kernel
 
 SPLIT_CASES = [Case(tokens=2 * SPLIT_TOKENS + 77, group=3), Case(tokens=300, queries=7), Case(tokens=64, queries=16)]
 ODD = Case(BlockShape(2, 2, 64, 64), tokens=600, queries=7)
@@ -85,20 +82,6 @@ def interpreted_appending(dtype: torch.dtype) -> None:
                 assert torch.equal(finite, getattr(b, scale).isfinite())
                 assert torch.equal(getattr(a, scale)[finite], getattr(b, scale)[finite])
                 assert torch.equal(getattr(a, codes)[finite], getattr(b, codes)[finite])
-
-
-def kernel_class() -> str:
-    return type(attention_kernel).__name__
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("TRITON_INTERPRET", "1")
-            kernel = pool.submit(kernel_class).result(timeout=120)
-        assert kernel == "InterpretedFunction"
-        yield pool
 
 
 @pytest.mark.parametrize("case", [*CASES, *SPLIT_CASES], ids=str)

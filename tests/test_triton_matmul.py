@@ -4,8 +4,6 @@ Triton decides when it is imported whether it interprets, so the interpreter has
 """
 
 import dataclasses
-import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -74,11 +72,6 @@ def interpreted_errors(
     return [errors(x, random_weight(N, K, group_size, asymmetric, kind, bits), added) for kind, added in ways]
 
 
-def kernel_class() -> str:
-    """Tell whether triton interprets here."""
-    return type(matmul_kernel).__name__
-
-
 def interpreted_special_cases() -> None:
     """Assert what is not a matter of error."""
     torch.manual_seed(0)
@@ -142,17 +135,6 @@ def interpreted_reads() -> None:
         buffer = torch.randint(-(1 << 31), 1 << 31, (words,)).to(torch.int32)
         sums = read_sums(buffer.view(torch.uint8), torch.device("cpu"))
         assert sums.sum().to(torch.int32) == buffer.sum().to(torch.int32)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process that imports triton anew, to interpret."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("TRITON_INTERPRET", "1")
-            kernel = pool.submit(kernel_class).result(timeout=120)
-        assert kernel == "InterpretedFunction"
-        yield pool
 
 
 @pytest.mark.parametrize("M", [1, 5, 17, 70])
