@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.ppl import Perplexity
-from offload.checkpoint import RUN_NAME, SENSITIVITY_NAME, Checkpoint, read_json
+from offload.checkpoint import RUN_NAME, SENSITIVITY_NAME, Checkpoint
 from offload.command import format_bytes, format_seconds
 from offload.errors import InputError
+from offload.files import read_json
 
 _PACKED = ".weight_packed"
 _PARTS = {"weight_packed": "codes", "weight_scale": "scales", "weight_zero_point": "zero points"}

@@ -9,9 +9,6 @@ The header of every shard is checked by safetensors itself before an offset of i
 a path unless it is a single component ending in .safetensors, and nothing is ever unpickled.
 """
 
-import json
-import os
-import stat
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -21,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.packed import BITS
 from offload.errors import CheckpointError
+from offload.files import check_regular, parse_json, read_json, reading
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
@@ -36,8 +34,6 @@ PAYLOAD_ALIGNMENT = 4096
 WIDE_BITS = 8
 """Of the modules that a recipe of 4 bits leaves wider."""
 
-_MAX_JSON_BYTES = 64 << 20
-_LFS_POINTER = b"version https://git-lfs"
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -205,42 +201,6 @@ def is_checkpoint(directory: Path) -> bool:
     return config.is_file() and "quantization_config" in read_json(config)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 64 MiB. Raises CheckpointError."""
-    check_regular(path)
-    size = path.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes; a file of this kind has at most {_MAX_JSON_BYTES}")
-    try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); it is damaged or cut off") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def check_regular(path: Path) -> None:
-    """Raise CheckpointError unless `path` is a readable regular file (a link to one is fine) and no Git LFS pointer."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; copy or download the model again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
-    except ValueError as error:  # a name with NUL or half a surrogate pair in it
-        raise CheckpointError(f"{str(path)!r}: cannot be opened ({error})") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        if os.read(descriptor, len(_LFS_POINTER)) == _LFS_POINTER:
-            raise CheckpointError(
-                f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` or download the model again"
-            )
-    finally:
-        os.close(descriptor)
-
-
 def read_header(path: Path) -> tuple[int, dict[str, TensorSpec]]:
     """Return a shard's payload offset and tensors, after safetensors has accepted the file. Raises CheckpointError."""
     check_regular(path)
@@ -250,11 +210,11 @@ def read_header(path: Path) -> tuple[int, dict[str, TensorSpec]]:
     except (SafetensorError, OSError, RecursionError) as error:
         size = path.stat().st_size
         raise CheckpointError(f"{path}: {size} bytes, refused by safetensors ({error}); truncated or damaged") from None
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         raw = file.read(header_bytes)
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header: {error}") from None
     header.pop("__metadata__", None)
@@ -269,15 +229,6 @@ def _spec(path: Path, name: str, entry: dict[str, Any]) -> TensorSpec:
         )
     start, end = entry["data_offsets"]
     return TensorSpec(start, end - start, tuple(entry["shape"]), dtype)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{key!r} stands twice")
-        values[key] = value
-    return values
 
 
 def _shard_entry(number: int, shard: Any) -> tuple[str, str, int, dict[str, str]]:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from offload.checkpoint import (
     PAYLOAD_ALIGNMENT,
     Recipe,
     read_header,
-    read_json,
 )
 from offload.errors import BusyError, CheckpointError, ResourceError, UsageError
+from offload.files import read_json, reading
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TENSOR_ALIGNMENT = 64
@@ -63,7 +63,7 @@ class CheckpointWriter:
                 if self._matches(record):
                     self._records[index] = record
             except (CheckpointError, KeyError, TypeError):
-                return None  # a damaged record or shard is as good as none
+                return None  # a damaged record or shard, or one that cannot be read, is as good as none
         return self._records.get(index)
 
     def write_shard(self, index: int, module: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class CheckpointWriter:
         offset, tensors = read_header(path)
         if path.stat().st_size != record["size_bytes"] or set(tensors) != set(record["xxh3"]):
             return False
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             for name, spec in tensors.items():
                 file.seek(offset + spec.offset)
                 if xxhash.xxh3_64_hexdigest(file.read(spec.nbytes)) != record["xxh3"][name]:
@@ -141,7 +141,8 @@ def open_writer(directory: Path, recipe: Recipe, num_shards: int, overwrite: boo
             raise ResourceError(f"--output {directory}: cannot be written ({error.strerror})") from None
         yield CheckpointWriter(directory, recipe, num_shards)
     finally:
-        (directory / _LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # the lock is the descriptor's, a file that stays holds nobody up
+            (directory / _LOCK).unlink()
         os.close(lock)
 
 
@@ -190,7 +191,8 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
         os.rename(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         needed = sum(memoryview(part).nbytes for part in parts)
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise ResourceError(

@@ -17,11 +17,12 @@ import xxhash
 from torch import Tensor, nn
 
 import offload
-from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, Checkpoint, Recipe, read_json
+from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, format_bytes, say
 from offload.convert_gguf import convert_gguf, gguf_identity
 from offload.errors import CheckpointError, InputError
+from offload.files import read_json
 from offload.foreign import Foreign, foreign_format
 from offload.gguf_file import gguf_path
 from offload.layer_view import ORDER

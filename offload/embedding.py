@@ -44,7 +44,7 @@ class DiskEmbedding(nn.Module):
         try:
             self._descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"{blob.path}: cannot be opened ({error.strerror})") from None
+            raise CheckpointError(f"{blob.path}: cannot be read ({error.strerror})") from None
         # No row is held; what asks the model for its device and dtype asks the first parameter.
         self.weight = nn.Parameter(torch.empty(0, self.embedding_dim, dtype=dtype), requires_grad=False)
         self._verify()

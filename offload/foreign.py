@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kernels.packed import BITS, GROUP_SIZES, PackedWeight, codes_per_word
 from kernels.repack import from_awq, from_gptq
-from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, read_json
+from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from offload.errors import CheckpointError, InputError
+from offload.files import read_json
 from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO
 
 Format = Literal["awq", "gptq", "compressed-tensors"]

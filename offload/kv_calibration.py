@@ -14,9 +14,10 @@ import xxhash
 from safetensors.torch import load
 from torch import Tensor
 
-from offload.checkpoint import MANIFEST_NAME, Checkpoint, check_regular, read_json
+from offload.checkpoint import MANIFEST_NAME, Checkpoint
 from offload.checkpoint_writer import write_durably, write_safetensors
 from offload.errors import CheckpointError
+from offload.files import check_regular, read_json
 
 KV_NAME = "kv_calibration.safetensors"
 _KEY = "kv_calibration"

@@ -14,9 +14,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from offload.checkpoint import CONFIG_NAME, read_json
+from offload.checkpoint import CONFIG_NAME
 from offload.errors import InputError
 from offload.experts import make_plain
+from offload.files import read_json
 
 
 def read_config(directory: Path) -> PretrainedConfig:

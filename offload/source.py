@@ -15,6 +15,7 @@ from pathlib import Path
 from offload.checkpoint import CONFIG_NAME
 from offload.command import say
 from offload.errors import InputError, ResourceError
+from offload.files import reading
 
 DEFAULT_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_OUTPUT = Path("checkpoints/SmolLM2-135M-Instruct-awq-int4-g64")
@@ -58,15 +59,14 @@ def resolve_model(model: str | None) -> Path:
 
 
 def files_around(directory: Path) -> dict[str, bytes]:
-    """Return a model's tokenizer, chat template and settings, byte for byte."""
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(directory.iterdir())
-        if path.is_file()
-        and path.suffix in _COPIED_SUFFIXES
-        and path.name != CONFIG_NAME
-        and not path.name.endswith(".index.json")
-    }
+    """Return a model's tokenizer, chat template and settings, byte for byte. Raises CheckpointError."""
+    files = {}
+    for path in sorted(directory.iterdir()):
+        weights = path.name == CONFIG_NAME or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _COPIED_SUFFIXES and not weights:
+            with reading(path):
+                files[path.name] = path.read_bytes()
+    return files
 
 
 def cache_directory() -> Path:

@@ -9,10 +9,11 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.checkpoint import INDEX_NAME, TensorSpec, read_header, read_json
+from offload.checkpoint import INDEX_NAME, TensorSpec, read_header
 from offload.command import Progress
 from offload.errors import CheckpointError, InputError
 from offload.experts import fused_names
+from offload.files import read_json, reading
 from offload.names import names_in_model
 
 _PIECE_BYTES = 8 << 20
@@ -117,7 +118,7 @@ class SourceWeights:
 def _read(name: str, location: Location, start: int, nbytes: int) -> Tensor:
     """Read some bytes of a tensor, flat, in the dtype of the file. Raises CheckpointError if the file was cut."""
     values = torch.empty(nbytes // location.spec.dtype.itemsize, dtype=location.spec.dtype)
-    with location.path.open("rb", buffering=0) as file:
+    with reading(location.path), location.path.open("rb", buffering=0) as file:
         file.seek(location.payload_offset + location.spec.offset + start)
         view = values.view(torch.uint8).numpy().data
         while view:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from kernels.packed import PackedWeight
 from kernels.repack import to_awq, to_gptq
-from offload.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, LayerBlob, Recipe, read_json
+from offload.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, LayerBlob, Recipe
 from offload.checkpoint_writer import write_durably, write_safetensors
 from offload.checksums import verify
 from offload.command import Parser, Progress, format_bytes, run, say
 from offload.convert import opened
 from offload.errors import InputError, ResourceError, UsageError
+from offload.files import read_json
 from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO
 from offload.memory import Arena, FileReader
 from offload.read_queue import read_blob

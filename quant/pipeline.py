@@ -18,10 +18,11 @@ import transformers
 from torch import Tensor
 
 import offload
-from offload.checkpoint import CONFIG_NAME, RUN_NAME, SENSITIVITY_NAME, Checkpoint, Recipe, read_json
+from offload.checkpoint import CONFIG_NAME, RUN_NAME, SENSITIVITY_NAME, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
+from offload.files import read_json
 from offload.memory import give_memory_back_at_once, peak_memory_bytes, trim_memory
 from offload.skeleton import decoder_layers
 from offload.source import files_around

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels.packed import BITS
-from offload.checkpoint import Checkpoint, Recipe, is_checkpoint, read_header, read_json
+from offload.checkpoint import Checkpoint, Recipe, is_checkpoint, read_header
 from offload.checkpoint_writer import write_safetensors
 from offload.errors import CheckpointError
+from offload.files import read_json
 
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "manifest.json"
 SHARD = "model-00003-of-00005.safetensors"
@@ -288,7 +289,7 @@ def test_a_shard_whose_name_cannot_be_a_file(copy: Path, shard: str) -> None:
 
     change_json(copy / INDEX, rename)
     change_json(copy / MANIFEST, lambda manifest: manifest["shards"][2].update({"file": shard}))
-    assert "cannot be opened" in refusal(copy)
+    assert "cannot be read" in refusal(copy)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +459,7 @@ def test_what_is_not_a_regular_file(copy: Path, name: str, kind: str) -> None:
     elif kind == "dangling link":
         assert message == f"{path}: missing; copy or download the model again"
     elif kind == "link to itself":
-        assert message.startswith(f"{path}: cannot be opened (")
+        assert message.startswith(f"{path}: cannot be read (")
     else:
         assert message == f"{path}: not a regular file"
 
