@@ -20,6 +20,7 @@ from offload.checkpoint import Checkpoint
 from offload.convert import opened
 from offload.device import Device, find_device
 from offload.errors import ResourceError, UsageError
+from offload.files import reading
 from offload.kv_calibration import read_kv
 from offload.lent_layers import move_inputs
 from offload.memory import trim_memory
@@ -89,6 +90,7 @@ def load(
     executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison=poison, device=device)
     try:
         executor.attach()
+        _finish(model, executor, wishes)
     except torch.OutOfMemoryError as error:
         executor.close()
         raise ResourceError(
@@ -97,14 +99,13 @@ def load(
     except BaseException:  # its thread and its files would stay
         executor.close()
         raise
-    model._streaming = executor
-    _finish(model, executor, wishes)
     return model
 
 
 def _finish(model: PreTrainedModel, executor: Executor, wishes: Wishes) -> None:
     """Let the model's own methods know of its device, its cache and its maker's defaults."""
     checkpoint = executor.checkpoint
+    model._streaming = executor
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
     if executor.device_side is not None:
         model.register_forward_pre_hook(partial(move_inputs, executor.device), with_kwargs=True)
@@ -115,8 +116,10 @@ def _finish(model: PreTrainedModel, executor: Executor, wishes: Wishes) -> None:
     if wishes.kv is not None:
         _generate_with_new_cache(model)
     model.hf_device_map = device_map(executor)
-    if (checkpoint.directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    defaults = checkpoint.directory / "generation_config.json"
+    if defaults.exists():
+        with reading(defaults):
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
 
 
 def device_map(executor: Executor) -> dict[str, str | int]:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from offload.source import DEFAULT_OUTPUT, check_made
 
 if TYPE_CHECKING:
     from offload.clock import Clock
+    from offload.sampling import Sampling
     from offload.session import Prompts, Session
     from offload.streaming import StreamingStats
 
@@ -112,14 +113,10 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
     from offload.memory import trim_memory
 
     trim_memory()  # what the import of torch left, before that of transformers comes on top
-    from transformers import TextStreamer
-
-    from offload.clock import Clock
     from offload.convert import opened
     from offload.planning.placement import describe
     from offload.sampling import Sampling
     from offload.session import Prompts, Session
-    from offload.trace import Trace
 
     trim_memory()
     prompts = Prompts(opened(options.model))
@@ -128,15 +125,28 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
     if len(tokens) + 1 > context:
         raise InputError(f"the prompt has {len(tokens)} tokens, the context only {context}")
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    session = Session(prompts, context, words, options.exact)
-    say(describe(session.executor.placement))
+    with closing(Session(prompts, context, words, options.exact)) as session:
+        say(describe(session.executor.placement))
+        return _answer(session, tokens, min(options.max_new_tokens, context - len(tokens)), sampling, options)
+
+
+def _answer(
+    session: "Session", tokens: list[int], new_tokens: int, sampling: "Sampling", options: argparse.Namespace
+) -> tuple[Report, bool]:
+    """Stream the answer, write the trace that was asked for, and measure."""
+    from transformers import TextStreamer
+
+    from offload.clock import Clock
+    from offload.trace import Trace
+
+    prompts = session.prompts
     streamer = None if options.json else TextStreamer(prompts.tokenizer, skip_prompt=True, skip_special_tokens=True)
     trace = Trace(session.executor) if options.trace is not None else None
     before, interrupted = session.executor.stats, False
     with _live_line(session) as on_token:
         clock = Clock(streamer, on_token)
         try:
-            session.generate(tokens, min(options.max_new_tokens, context - len(tokens)), sampling, clock)
+            session.generate(tokens, new_tokens, sampling, clock)
         except KeyboardInterrupt:
             interrupted = True
             clock.end()

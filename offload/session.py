@@ -91,6 +91,10 @@ class Session:
         placement = self.executor.placement
         self.predicted_tokens_per_second = None if costs is None else 1 / placement.seconds(costs)
 
+    def close(self) -> None:
+        """Stop reading and close the files; nothing can be generated afterwards."""
+        self.executor.close()
+
     def new_cache(self) -> Cache | None:
         """Return an empty cache that `generate` fills, None for a model that keeps its past in another way."""
         return new_cache(self.model)

@@ -69,7 +69,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers package raises that very class
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise InputError(f"{directory}: no tokenizer that transformers can load ({reason})") from None
 

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from kernels.cpu_build import library_name
 from offload.checkpoint import CONFIG_NAME, Checkpoint
+from offload.files import reading
 from offload.memory import whole_pages
 from offload.names import checkpoint_in_model
 from offload.planning.machine import Machine, cache_file, load_cache, save_json
@@ -188,7 +189,9 @@ def _with_device(costs: Costs, shape: Shape, machine: Machine, tokens: int, arou
 
 def model_key(checkpoint: Checkpoint) -> str:
     """Return what the overheads of a checkpoint are kept under: its shape, and the kernels that run it."""
-    config = (checkpoint.directory / CONFIG_NAME).read_bytes()
+    path = checkpoint.directory / CONFIG_NAME
+    with reading(path):
+        config = path.read_bytes()
     return hashlib.sha256(config + library_name().encode()).hexdigest()[:16]
 
 
