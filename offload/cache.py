@@ -80,6 +80,14 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         while len(self.blocks) * BLOCK_TOKENS < self.tokens + tokens:
             self.blocks.append(KVBlock(shape, torch.empty(shape.nbytes, dtype=torch.uint8, device=self.device)))
 
+    def move(self, device: torch.device) -> None:
+        """Bring every block to a device."""
+        if self._blocks is not None and device != self.device:
+            shape = self._blocks.shape
+            blocks = [KVBlock(shape, block.memory.to(device)) for block in self._blocks]
+            self._blocks, self.device = KVBlocks(shape, blocks), device
+            self.key_offset = None if self.key_offset is None else self.key_offset.to(device)
+
     @property
     def blocks(self) -> KVBlocks:
         """The blocks; the last may be partly filled."""

@@ -65,7 +65,9 @@ class DeviceSide:
         """Bring every layer to its tier; those that the host computes have their weights already, or are lent them."""
         hows, blobs, disk = placement.hows, parts.blobs, [tier == "disk" for tier in placement.tiers]
         places = {how: [at for at, one in enumerate(hows) if one == how] for how in ("staged", "mapped", "host")}
-        self._views += [self.keep(blob, parts) for blob, how in zip(blobs, hows, strict=True) if how == "resident"]
+        for blob, how in zip(blobs, hows, strict=True):
+            if how == "resident":
+                self._views.append(self.keep(blob, parts))  # one by one: what came before the end of memory is known
         size = max(blob.nbytes for blob in blobs)
         slots = [self.device.allocate(size) for _ in range(placement.device_depth)]
         scratch = self.device.allocate(size) if places["mapped"] else None
@@ -91,12 +93,13 @@ class DeviceSide:
             view.detach()
         self._handles, self._views, self.copies, self.ring = [], [], None, None
         self.device.settle()
-        for arena in self._pinned:
+        while self._pinned:
+            arena = self._pinned.pop()
             self.device.unpin(arena)
             arena.pinned = False
         if self._bounce is not None:
             self._bounce.close()
-        self._pinned, self._bounce = [], None
+        self._bounce = None
 
     def _pin(self, arenas: list[Arena]) -> None:
         """Pin as many arenas as the system lets, and have a way around for the others."""

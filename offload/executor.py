@@ -6,7 +6,6 @@ else of the model is touched, so `generate()`, beams, streamers and assisted dec
 
 import inspect
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,7 +21,6 @@ from offload.device import Device, find_device
 from offload.errors import ResourceError, UsageError
 from offload.files import reading
 from offload.kv_calibration import read_kv
-from offload.lent_layers import move_inputs
 from offload.memory import trim_memory
 from offload.model_tensors import check_tensors, replace_linears
 from offload.names import checkpoint_in_model
@@ -30,6 +28,7 @@ from offload.planning.choice import plan
 from offload.planning.needs import count_needs
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords, flag
+from offload.recovery import recover
 from offload.shelved_layer import shelved_cache
 from offload.skeleton import build_skeleton, read_config
 from offload.streaming import Executor
@@ -90,7 +89,7 @@ def load(
     executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison=poison, device=device)
     try:
         executor.attach()
-        _finish(model, executor, wishes)
+        _finish(model, executor, wishes, costs)
     except torch.OutOfMemoryError as error:
         executor.close()
         raise ResourceError(
@@ -102,32 +101,24 @@ def load(
     return model
 
 
-def _finish(model: PreTrainedModel, executor: Executor, wishes: Wishes) -> None:
+def _finish(model: PreTrainedModel, executor: Executor, wishes: Wishes, costs: Costs | None) -> None:
     """Let the model's own methods know of its device, its cache and its maker's defaults."""
     checkpoint = executor.checkpoint
     model._streaming = executor
     model.get_output_embeddings().register_forward_pre_hook(_canonical_strides)
     if executor.device_side is not None:
-        model.register_forward_pre_hook(partial(move_inputs, executor.device), with_kwargs=True)
+        recover(model, executor, wishes, costs)
     key_offsets = {index: layer.key_offset for index, layer in read_kv(checkpoint).items()} if wishes.kv else {}
     if wishes.kv == "int8" and not use_int8_attention(model, key_offsets):
         _log.warning("%s: its attention takes no int8 keys; they are widened at every step", type(model).__name__)
     executor.kv, executor.kv_bytes = wishes.kv, wishes.kv_bytes
     if wishes.kv is not None:
         _generate_with_new_cache(model)
-    model.hf_device_map = device_map(executor)
+    model.hf_device_map = executor.device_map
     defaults = checkpoint.directory / "generation_config.json"
     if defaults.exists():
         with reading(defaults):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
-
-
-def device_map(executor: Executor) -> dict[str, str | int]:
-    """Return where the weights of every decoder layer lie, and under "" those of what is around them."""
-    around: str | int = "cpu" if executor.device_side is None else 0
-    places: dict[str, str | int] = {"resident": 0, "disk": "disk"}
-    tiers = zip(executor.blobs, executor.placement.tiers, strict=True)
-    return {"": around} | {blob.module: places.get(tier, "cpu") for blob, tier in tiers}
 
 
 def wished_device(wishes: Wishes) -> Device | None:

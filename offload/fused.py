@@ -6,7 +6,7 @@ through transformers' modules as before. Layers alike in class, shapes and setti
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -154,6 +154,14 @@ def fuse(
         if proved[kind]:
             FusedLayer(layer)
     return sum(proved[_kind(layer)] for layer in layers.values())
+
+
+def unfuse(layers: Iterable[nn.Module]) -> None:
+    """Let every layer compute with its modules alone again."""
+    for layer in layers:
+        stand_in = getattr(layer.forward, "__self__", None)
+        if isinstance(stand_in, FusedLayer):
+            layer.forward = stand_in.modules_forward
 
 
 def _kind(layer: nn.Module) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from offload.checkpoint import Checkpoint, LayerBlob
@@ -19,7 +20,7 @@ from offload.device_side import DeviceSide, Parts, move_buffers
 from offload.embedding import DiskEmbedding
 from offload.expert_cache import ExpertCache
 from offload.experts import Experts
-from offload.fused import fuse
+from offload.fused import fuse, unfuse
 from offload.head import StreamedHead, verify_head
 from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.lent_layers import LentLayers
@@ -46,7 +47,8 @@ class Executor:
     """Owns the memory of a model's weights and moves them under its decoder layers.
 
     device: what a placement that uses one means. poison: fill freed slots with NaN, for tests. slots: the ring that
-    disk is read into.
+    disk is read into. arranged: whether every layer has its weights, or is lent them; not after a rearrangement that
+    was interrupted.
     """
 
     def __init__(
@@ -64,6 +66,10 @@ class Executor:
         self.reader = FileReader()
         self.device_side = None if device is None else DeviceSide(device, poison)
         self._embedding: DiskEmbedding | None = None
+        self._handles: list[RemovableHandle] = []
+        self._kept: list[LayerView] = []
+        self._earlier = StreamingStats(0, 0, 0.0, True)
+        self.arranged = False
         self.kv: KVFormat | None = None
         self.kv_bytes: int | None = None
         self._kv_queue: ReadQueue | None = None
@@ -101,6 +107,14 @@ class Executor:
         return torch.device("cpu") if self.device_side is None else self.device_side.device.torch_device
 
     @property
+    def device_map(self) -> dict[str, str | int]:
+        """Where the weights of every decoder layer lie, and under "" those of what is around them."""
+        around: str | int = "cpu" if self.device_side is None else 0
+        places: dict[str, str | int] = {"resident": 0, "disk": "disk"}
+        tiers = zip(self.blobs, self.placement.tiers, strict=True)
+        return {"": around} | {blob.module: places.get(tier, "cpu") for blob, tier in tiers}
+
+    @property
     def kv_queue(self) -> ReadQueue:
         """Reads keys and values back: the queue of the weights, where some are streamed."""
         if self._kv_queue is None:
@@ -110,11 +124,11 @@ class Executor:
     @property
     def stats(self) -> StreamingStats:
         """Counters since loading."""
-        copies = None if self.device_side is None else self.device_side.copies
+        earlier, copies = self._earlier, None if self.device_side is None else self.device_side.copies
         return StreamingStats(
-            0 if self.queue is None else self.queue.bytes_read,
-            0 if self.queue is None else self.queue.reads,
-            sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
+            earlier.bytes_read + (0 if self.queue is None else self.queue.bytes_read),
+            earlier.layer_reads + (0 if self.queue is None else self.queue.reads),
+            earlier.wait_seconds + sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
             self.reader.direct,
         )
 
@@ -149,13 +163,26 @@ class Executor:
         self.model.tie_weights()
         self.fuse()
 
+    def rearrange(self, placement: Placement) -> None:
+        """Bring every decoder layer to the tier of another placement; what lies around them stays where it is.
+
+        For a model with a device, none of whose experts or blocks of the head are apart, while no forward runs. Raises
+        what `attach` raises; `arranged` is False then.
+        """
+        self.arranged, self._earlier = False, self.stats
+        self._drop_layers()
+        self._prepare(placement)
+        self.attach_layers()
+        self.fuse()
+
     def fuse(self) -> None:
-        """Let single tokens take the fused call in layers that the host computes."""
+        """Let single tokens take the fused call in layers that the host computes, and in no others."""
+        unfuse(self.layers)
         on_host = [at for at, how in enumerate(self.placement.hows) if how == "host"]
         fuse(self.model, {at: self.layers[at] for at in on_host}, self._in_memory)
 
     def attach_layers(self) -> None:
-        """Read the layers that stay in memory, and hook what is streamed. Raises CheckpointError."""
+        """Read the layers that stay in memory, and hook what is streamed. Raises what `attach` raises."""
         if self.queue is not None and self.expert_blobs:
             self._fetch_experts(self.queue)
         placement, placed = self.placement, self.units.placed(self.placement.experts_apart)
@@ -165,10 +192,24 @@ class Executor:
             move_buffers(self.model, on_host, self.device)
         for blob, tier, how in zip(placed, placement.tiers, placement.hows, strict=True):
             if tier == "host":
-                self._keep_on_host(blob)
+                self._kept.append(self._keep_on_host(blob))
             elif tier == "disk" and how == "host" and self._lent is not None:
                 layer, position = self.model.get_submodule(blob.module), self.streamed_blobs.index(blob)
-                self._lent.hook(layer, position)
+                self._handles += self._lent.hook(layer, position)
+        self.arranged = True
+
+    def _drop_layers(self) -> None:
+        """Leave no decoder layer with weights, and give their memory back. To be called again if it was interrupted."""
+        unfuse(self.layers)
+        for handle in self._handles:
+            handle.remove()
+        for view in self._kept:
+            view.detach()
+        if self.queue is not None:
+            self.queue.close()
+        if self.device_side is not None:
+            self.device_side.close()
+        self._handles, self._kept, self.queue, self.slots, self._lent = [], [], None, None, None
 
     def _in_memory(self, index: int) -> AbstractContextManager[None]:
         """Return a context in which the weights of decoder layer `index` are attached."""

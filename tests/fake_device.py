@@ -7,6 +7,7 @@ copied or computed from are errors, whichever order things happened to take.
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ class Region:
     """A range of memory. written: the copy that filled it last; used: the kernel that read it last; taken: the copy."""
 
     def __init__(self, memory: Tensor) -> None:
-        self.start, self.end, self.memory = memory.data_ptr(), memory.data_ptr() + memory.nbytes, memory
+        self.start, self.end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
         self.written = self.used = self.taken = 0
 
 
@@ -48,8 +49,14 @@ def join(clock: Clock, other: Clock) -> None:
         clock[stream] = max(clock.get(stream, 0), count)
 
 
+class Bytes(bytearray):
+    """Memory of which it can be told when the last tensor in it is gone."""
+
+
 class FakeDevice:
     """fail_at: the allocation that finds no memory. unpinned: arenas that are refused, from this one on.
+
+    limit: memory for allocations, None for no end of it; held_bytes: what they hold now.
 
     eager: copies happen when they are queued instead of as late as can be.
     """
@@ -62,7 +69,8 @@ class FakeDevice:
         self.fail_at, self.unpinned, self.eager, self.most_mapped = fail_at, unpinned, eager, most_mapped
         self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
         self.lock = threading.RLock()
-        self.allocations = self.copies = self.pins = 0
+        self.allocations = self.copies = self.pins = self.held_bytes = 0
+        self.limit: int | None = None
         self.regions: list[Region] = []
         self.pinned: dict[int, Region] = {}
         self.waited_in: list[str] = []
@@ -74,11 +82,19 @@ class FakeDevice:
 
     def allocate(self, nbytes: int) -> Memory:
         self.allocations += 1
-        if self.allocations == self.fail_at:
+        if self.allocations == self.fail_at or (self.limit is not None and self.held_bytes + nbytes > self.limit):
             raise torch.OutOfMemoryError("told to have no memory")
-        memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
-        self.regions.append(Region(memory))
+        buffer = Bytes(nbytes)
+        memory = torch.frombuffer(buffer, dtype=torch.uint8).fill_(0xFF)
+        region = Region(memory)
+        self.regions.append(region)
+        self.held_bytes += nbytes
+        weakref.finalize(buffer, self._freed, region, nbytes)
         return Memory(memory)
+
+    def _freed(self, region: Region, nbytes: int) -> None:
+        self.regions.remove(region)
+        self.held_bytes -= nbytes
 
     def pin(self, arena: Arena) -> bool:
         self.pins += 1

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement, too_small
@@ -13,6 +14,9 @@ _DEPTH = 3
 _DEVICE_DEPTH = 2
 _MIXES = 8
 """Shares of the layers beside the device that are tried as staged, the others computed on the host."""
+
+_SMALLER_BY = 4
+"""The part of what layers take on a GPU that is given up when it runs out of memory."""
 
 _EXPERT_ROUNDS = 2
 """Slots for experts, in those that a layer needs for a token: while some are multiplied, others are read."""
@@ -36,6 +40,27 @@ def plan(needs: Needs, wishes: Wishes | int | None, costs: Costs | None = None) 
     if costs is None or (set(first.tiers) in ({"host"}, {"resident"}) and not first.disk_bytes):
         return first
     return min(fitting, key=lambda placement: (placement.seconds(costs), placement.streamed_bytes))
+
+
+def plan_smaller(placement: Placement, wishes: Wishes, costs: Costs | None = None) -> Placement:
+    """Return the fastest placement with a smaller share on the GPU than one that did not fit there after all.
+
+    Smaller by a layer at least, and by a quarter of what the layers take there, as each attempt moves all of them.
+    Raises ResourceError if there is none.
+    """
+    held, needs = placement.layers_device_bytes, placement.needs
+    budget = placement.device_bytes - max(*needs.layers_bytes, held // _SMALLER_BY)
+    mapped = 0 if wishes.layers is None else wishes.layers.count("gpu")
+    for device_layers in range(mapped, -1, -1):
+        try:
+            return plan(needs, wishes.with_less(budget, device_layers), costs)
+        except ResourceError as error:
+            refused = error
+    raise ResourceError(
+        f"the GPU ran out of memory with {format_bytes(placement.device_bytes)} of it planned for, and a smaller share "
+        f"of the model there cannot be had ({refused}); free memory of the GPU, give a shorter context, or leave the "
+        "GPU out"
+    )
 
 
 def _shortage_bytes(placement: Placement) -> int:

@@ -106,8 +106,12 @@ class Placement:
             return 0
         needs = self.needs
         around = needs.device_runtime_bytes + needs.fixed_bytes + needs.cache_bytes - self.host_cache_bytes
-        ring = self.device_depth * max(needs.layers_bytes)
-        return around + needs.working_bytes + self.bytes_in("resident") + ring
+        return around + needs.working_bytes + self.layers_device_bytes
+
+    @property
+    def layers_device_bytes(self) -> int:
+        """What layers take on the GPU: those that are there, and the slots for others."""
+        return self.bytes_in("resident") + self.device_depth * max(self.needs.layers_bytes)
 
     @property
     def device_shortage_bytes(self) -> int:
@@ -140,7 +144,7 @@ class Placement:
 
 def too_small(placement: Placement) -> str:
     """Say what the smallest placement that was found would need; rounded up, as it is to be tried."""
-    needs, one = placement.needs, max(placement.needs.layers_bytes)
+    needs = placement.needs
     if placement.device_shortage_bytes:
         assert placement.device_budget_bytes is not None, "without a budget there is no shortage"
         parts = [
@@ -148,7 +152,7 @@ def too_small(placement: Placement) -> str:
             (needs.fixed_bytes, "for embeddings and head"),
             (needs.cache_bytes - placement.host_cache_bytes, "for keys and values"),
             (needs.working_bytes, "for activations and reserve"),
-            (placement.bytes_in("resident") + placement.device_depth * one, "for layers"),
+            (placement.layers_device_bytes, "for layers"),
         ]
         return _refusal("--gpu-memory", placement.device_budget_bytes, placement.device_bytes, parts)
     assert placement.budget_bytes is not None, "without a budget there is no shortage"

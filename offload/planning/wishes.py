@@ -110,6 +110,25 @@ class Wishes:
             )
         return replace(self, gpu_bytes=self.gpu_bytes or device_bytes)
 
+    def with_less(self, device_bytes: int, device_layers: int) -> "Wishes":
+        """Return the wishes with a smaller budget on the GPU, and without numbers of layers that are to be there.
+
+        device_layers: of a map, those that keep their place there; the others are in host memory.
+        """
+        layers, left = list(self.layers or ()), device_layers
+        for at, device in enumerate(layers):
+            if device == "gpu":
+                left -= 1
+                layers[at] = "gpu" if left >= 0 else "cpu"
+        return replace(
+            self,
+            gpu_bytes=device_bytes,
+            gpu_layers=None,
+            gpu_percent=None,
+            cpu_offload_bytes=None,
+            layers=None if self.layers is None else tuple(layers),
+        )
+
     def on(self, modules: Collection[str], layers: Sequence[str]) -> "Wishes":
         """Return the wishes with the device of each decoder layer, out of a device map.
 
