@@ -130,6 +130,39 @@ class CompiledLayer:
         past = (ctypes.byref(context_struct(blocks, tokens, key_offset)),)
         return self._run(_library().int4_decode_blocks, (hidden, cos, sin), past, mode, level)
 
+    def append_int8(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        blocks: KVBlocks,
+        tokens: int,
+        key_offset: Tensor | None = None,
+        mode: Mode = "fast",
+        level: int | None = None,
+    ) -> Tensor:
+        """Do the first half of `step_int8`: write the token's key and value, return its queries.
+
+        They are float32 [1, heads, 1, head_dim] and scaled. What attention makes of them, over parts of the context as
+        they come into memory, goes to `finish`: the output is that of `step_int8` to the bit.
+        """
+        queries = torch.empty(1, self.layer.heads, 1, self.layer.head_dim)
+        self._struct.rotary = cos.shape[-1]
+        past = ctypes.byref(context_struct(blocks, tokens, key_offset))
+        angles = (cos.data_ptr(), sin.data_ptr())
+        _library().int4_decode_append(*self._head(hidden, mode, level), *angles, past, queries.data_ptr())
+        return queries
+
+    def finish(self, hidden: Tensor, mixed: Tensor, mode: Mode = "fast", level: int | None = None) -> Tensor:
+        """Do the second half of `step_int8`: return the output, of the input and of what attention found.
+
+        mixed: float32 [1, heads, 1, head_dim].
+        """
+        out = torch.empty_like(hidden)
+        mixed = mixed.contiguous()
+        _library().int4_decode_finish(*self._head(hidden, mode, level), mixed.data_ptr(), out.data_ptr())
+        return out
+
     def _run(
         self, decode: Any, token: tuple[Tensor, Tensor, Tensor], past: tuple[Any, ...], mode: Mode, level: int | None
     ) -> Tensor:
@@ -137,19 +170,14 @@ class CompiledLayer:
         hidden, cos, sin = token
         out = torch.empty_like(hidden)
         self._struct.rotary = cos.shape[-1]
-        decode(
-            cpu_level() if level is None else level,
-            torch.get_num_threads(),
-            mode == "exact",
-            self._address,
-            hidden.data_ptr(),
-            _DTYPES[hidden.dtype],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            *past,
-            out.data_ptr(),
-        )
+        decode(*self._head(hidden, mode, level), cos.data_ptr(), sin.data_ptr(), *past, out.data_ptr())
         return out
+
+    def _head(self, hidden: Tensor, mode: Mode, level: int | None) -> tuple[Any, ...]:
+        """Return what every compiled function takes first."""
+        level = cpu_level() if level is None else level
+        threads, dtype = torch.get_num_threads(), _DTYPES[hidden.dtype]
+        return level, threads, mode == "exact", self._address, hidden.data_ptr(), dtype
 
 
 class _Weight(ctypes.Structure):
@@ -209,7 +237,10 @@ def _library() -> ctypes.CDLL:
     library.int4_decode.argtypes = arguments
     library.int4_decode.restype = None
     library.int4_decode_blocks.argtypes = [*arguments[:6], pointer, pointer, pointer, pointer]
-    library.int4_decode_blocks.restype = None
+    library.int4_decode_append.argtypes = library.int4_decode_blocks.argtypes
+    library.int4_decode_finish.argtypes = [*arguments[:6], pointer, pointer]
+    for function in (library.int4_decode_blocks, library.int4_decode_append, library.int4_decode_finish):
+        function.restype = None
     return library
 
 

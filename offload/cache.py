@@ -54,7 +54,7 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         self.make_room(key_states.shape[2])
         append_tokens(self.blocks, self.tokens, key_states, value_states, self.key_offset)
-        self.tokens += key_states.shape[2]
+        self.count(key_states.shape[2])
         context = self.context
         return self._stand_ins(context) if self._direct else dequantize_blocks(context, self.dtype)
 
@@ -71,7 +71,7 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         return key, value
 
     def parts(self) -> Iterator[tuple[int, int]] | None:
-        """Return ranges of tokens, each in memory until the next is asked for; None: all are."""
+        """Return ranges of the tokens then held, each in memory until the next is asked for; None: all are."""
         return None
 
     def make_room(self, tokens: int) -> None:
@@ -87,6 +87,10 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
             blocks = [KVBlock(shape, block.memory.to(device)) for block in self._blocks]
             self._blocks, self.device = KVBlocks(shape, blocks), device
             self.key_offset = None if self.key_offset is None else self.key_offset.to(device)
+
+    def count(self, tokens: int) -> None:
+        """Count so many tokens more, whose keys and values were written behind the others."""
+        self.tokens += tokens
 
     @property
     def blocks(self) -> KVBlocks:

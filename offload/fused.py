@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kernels.attention import attention
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer, DecoderLayer, Projection
 from offload.cache import Int8Layer
@@ -46,8 +47,14 @@ class FusedLayer:
         inputs, mode = (hidden.flatten(), cos.flatten(), sin.flatten()), self._output.mode
         if isinstance(cache, Int8Layer):
             cache.make_room(1)
-            out = compiled.step_int8(*inputs, cache.blocks, cache.tokens, cache.key_offset, mode)
-            cache.tokens += 1
+            past, parts = (cache.blocks, cache.tokens, cache.key_offset), cache.parts()
+            if parts is None:
+                out = compiled.step_int8(*inputs, *past, mode)
+                cache.count(1)
+            else:
+                queries = compiled.append_int8(*inputs, *past, mode)
+                cache.count(1)
+                out = compiled.finish(inputs[0], attention(queries, cache.context, 1.0, parts=parts), mode)
         else:
             keys, values, tokens = _with_room(cache)
             out = compiled.step(*inputs, keys, values, tokens, mode)
@@ -72,7 +79,7 @@ class FusedLayer:
         if angles is None or angles[0].dtype != hidden.dtype or self._index >= len(layers):
             return None
         cache: DynamicLayer | Int8Layer = layers[self._index]
-        if type(cache) is Int8Layer:  # not what lies on a shelf in part, which modules take chunk by chunk
+        if isinstance(cache, Int8Layer):
             return cache if cache.batch_size == 1 and cache.dtype == hidden.dtype else None
         if type(cache) is not DynamicLayer or not cache.is_initialized:
             return None

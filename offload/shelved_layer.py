@@ -32,7 +32,6 @@ class ShelvedLayer(Int8Layer):
         while start < count or count == 0:
             stop = min(count, start + CHUNK_TOKENS - self.tokens % CHUNK_TOKENS)
             found = super().update(key_states[:, :, start:stop], value_states[:, :, start:stop])
-            self._shelve()
             start = stop
         return found
 
@@ -44,8 +43,18 @@ class ShelvedLayer(Int8Layer):
             for block in chunk.blocks:
                 self.blocks.append(block)
 
+    def count(self, tokens: int) -> None:
+        """Count so many tokens more, and put away what is full and not to stay."""
+        super().count(tokens)
+        for number in range(self._first, self.tokens // CHUNK_TOKENS):
+            chunk = self._chunks[number]
+            if chunk is not None:
+                self._shelf.put(self._index, chunk)
+                self._place(number, None)
+                self._chunks[number] = None
+
     def parts(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of tokens, each in memory until the next is asked for."""
+        """Yield ranges of the tokens held, each in memory until the next is asked for."""
         for number, chunk in enumerate(self._chunks):
             part = number * CHUNK_TOKENS, min((number + 1) * CHUNK_TOKENS, self.tokens)
             if chunk is not None:
@@ -97,15 +106,6 @@ class ShelvedLayer(Int8Layer):
     def _first(self) -> int:
         """The first chunk that may go to the shelf."""
         return self._shelf.resident(self.blocks.shape) - 1
-
-    def _shelve(self) -> None:
-        """Put away what is full and not to stay."""
-        for number in range(self._first, self.tokens // CHUNK_TOKENS):
-            chunk = self._chunks[number]
-            if chunk is not None:
-                self._shelf.put(self._index, chunk)
-                self._place(number, None)
-                self._chunks[number] = None
 
     def _place(self, number: int, chunk: Chunk | None) -> None:
         for at in range(CHUNK_BLOCKS):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.attention import attention
 from kernels.cpu_matmul import LEVELS, compiled_library, cpu_level
 from kernels.decoder import CompiledLayer, DecoderLayer, Projection
 from kernels.kv_block import (
@@ -19,6 +20,7 @@ from kernels.kv_block import (
     quantize_tokens,
     write_tokens,
 )
+from kernels.matmul import Mode
 from kernels.packed import dequantize, pack
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no compiled kernels")
@@ -218,6 +220,31 @@ def test_exact_step_over_8_bit_blocks_equals_the_float64_layer(case: Case, level
     assert (out.double() - expected).abs().max() <= allowed
     written, _ = dequantize_blocks(KVContext(blocks, tokens + 1, offset))
     assert written.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_halves_of_a_step_give_the_bits_of_the_whole(case: Case, mode: Mode) -> None:
+    """Between them another step runs in the same thread, and the context is attended to in two parts."""
+    layer, inputs = random_layer(case), random_inputs(case)
+    tokens, shape = case.tokens, BlockShape(1, case.key_heads, case.head_dim, case.head_dim)
+    offset, compiled = torch.randn(case.key_heads, case.head_dim), CompiledLayer(layer)
+
+    def filled() -> KVBlocks:
+        memory = [torch.full((shape.nbytes,), 0xFF, dtype=torch.uint8) for _ in range(tokens // BLOCK_TOKENS + 1)]
+        blocks = KVBlocks(shape, (KVBlock(shape, one) for one in memory))
+        write_tokens(blocks, 0, inputs.keys[None, :, :tokens], inputs.values[None, :, :tokens], offset)
+        return blocks
+
+    whole, halves, token = filled(), filled(), (inputs.hidden, inputs.cos, inputs.sin)
+    queries = compiled.append_int8(*token, halves, tokens, offset, mode)
+    expected = compiled.step_int8(*token, whole, tokens, offset, mode)
+    for one, other in zip(whole, halves, strict=True):
+        assert torch.equal(one.memory, other.memory)
+    compiled.step_int8(-inputs.hidden, inputs.cos, inputs.sin, whole, tokens, offset, mode)
+    parts = [(0, 256), (256, tokens + 1)] if tokens >= 256 else [(0, tokens + 1)]
+    mixed = attention(queries, KVContext(halves, tokens + 1, offset), 1.0, parts=parts)
+    assert torch.equal(compiled.finish(inputs.hidden, mixed, mode), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

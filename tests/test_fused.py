@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
+from kernels.attention import CHUNK_TOKENS
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer
 from offload import fused
@@ -319,3 +320,36 @@ def test_streamed_decoding_over_int8_keys_equals_resident_whatever_interrupts_it
                 decode_int8(model, 10)
             hook.remove()
             assert torch.equal(decode_int8(model, 10), expected)
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_steps_over_keys_on_disk_give_the_bits_of_those_in_memory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, mode: Any
+) -> None:
+    """The context passes the end of a chunk in the middle, and is cut back into one that was on disk."""
+    monkeypatch.setattr("offload.kv_shelf.cache_directory", lambda: tmp_path)
+    directory = checkpoint_of("llama", tmp_path, tiny_model, max_position_embeddings=8192)
+    prompt = torch.randint(4, 250, (1, 3 * CHUNK_TOKENS - 2), generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def run(model: PreTrainedModel) -> tuple[Tensor, Any]:
+        cache = new_cache(model)
+        logits = [model(prompt, past_key_values=cache, logits_to_keep=1).logits[0, -1]]
+        for _ in range(2):
+            for _ in range(6):
+                logits.append(model(logits[-1].argmax().view(1, 1), past_key_values=cache).logits[0, -1])
+            cache.crop(-7)  # one token into what was on disk, the second time
+        return torch.stack(logits), cache
+
+    expected, _ = run(load(directory, kv="int8", mode=mode, context_tokens=4096))
+    steps: list[int] = []
+    append = CompiledLayer.append_int8
+    monkeypatch.setattr(
+        CompiledLayer, "append_int8", lambda self, *given: steps.append(given[4]) or append(self, *given)
+    )
+    with streamed(directory, depth, cache_implementation="offloaded", mode=mode, context_tokens=4096) as model:
+        found, cache = run(model)
+        assert torch.equal(found, expected)
+        assert len(steps) == 12 * 3
+        assert cache.layers[0]._chunks.count(None) == 2

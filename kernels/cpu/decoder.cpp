@@ -44,15 +44,27 @@ class Step {
     // Past: KeyValues, or a KvContext of 8-bit blocks with room for one token more.
     template <class Past>
     void run(const Vector& hidden, const Vector& cos, const Vector& sin, const Past& past, void* out) {
-        const int64_t mlp = layer_.down.weight.inputs, dim = layer_.head_dim;
-        const int64_t queries = layer_.heads * dim, keys = layer_.key_heads * dim;
-        resize(queries + 2 * keys, mlp);
+        append(hidden, cos, sin, past);
+        attend(buffers_.wide.data(), past);
+        finish(hidden, out);
+    }
+
+    // Up to attention: the scaled queries are left in `wide`, the key and the value behind the past.
+    template <class Past>
+    void append(const Vector& hidden, const Vector& cos, const Vector& sin, const Past& past) {
+        resize();
         lanes_.widen(hidden, layer_.hidden, buffers_.residual.data());
         normalize(layer_.input_norm, layer_.hidden, buffers_.residual.data(), buffers_.normed.data());
         product(layer_.qkv, 3, buffers_.normed.data(), buffers_.wide.data());
         rotate(cos, sin, buffers_.wide.data());
-        append(buffers_.wide.data() + queries, past);
-        attend(buffers_.wide.data(), past);
+        write(buffers_.wide.data() + layer_.heads * layer_.head_dim, past);
+    }
+
+    // After attention, whose result is in `mixed`.
+    void finish(const Vector& hidden, void* out) {
+        const int64_t mlp = layer_.down.weight.inputs;
+        resize();
+        lanes_.widen(hidden, layer_.hidden, buffers_.residual.data());
         add_product(layer_.output, buffers_.mixed.data());
         normalize(layer_.mlp_norm, layer_.hidden, buffers_.residual.data(), buffers_.normed.data());
         product(layer_.gate_up, 2, buffers_.normed.data(), buffers_.wide.data());
@@ -62,8 +74,9 @@ class Step {
     }
 
   private:
-    void resize(int64_t qkv, int64_t mlp) {
-        const int64_t widest = std::max({qkv, 2 * mlp, layer_.hidden});
+    void resize() {
+        const int64_t qkv = (layer_.heads + 2 * layer_.key_heads) * layer_.head_dim;
+        const int64_t widest = std::max({qkv, 2 * layer_.down.weight.inputs, layer_.hidden});
         buffers_.residual.resize(layer_.hidden);
         for (auto* buffer : {&buffers_.normed, &buffers_.wide, &buffers_.mixed, &buffers_.vector})
             buffer->resize(widest);
@@ -164,7 +177,7 @@ class Step {
     }
 
     // Write the token's keys and values behind those of the `tokens` before it.
-    void append(const float* keys, const KeyValues& cache) {
+    void write(const float* keys, const KeyValues& cache) {
         const int64_t dim = layer_.head_dim, size = cache.element_bytes();
         const float* values = keys + layer_.key_heads * dim;
         for (int64_t h = 0; h < layer_.key_heads; ++h) {
@@ -174,7 +187,7 @@ class Step {
         }
     }
 
-    void append(const float* keys, const KvContext& past) {
+    void write(const float* keys, const KvContext& past) {
         const int64_t dim = layer_.head_dim;
         const Rows new_keys{keys, kFloat32, {0, dim, 0}}, new_values{keys + layer_.key_heads * dim, kFloat32, {0, dim, 0}};
         append_tokens(level_, threads_, past, new_keys, new_values, 1);
@@ -254,5 +267,21 @@ void int4_decode(int level, int threads, int exact, const DecoderLayer* layer, c
 void int4_decode_blocks(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
                         const void* cos, const void* sin, const KvContext* context, void* out) {
     Step(level, threads, exact != 0, *layer, scratch()).run({hidden, dtype}, {cos, dtype}, {sin, dtype}, *context, out);
+}
+
+// The first half of that step, up to attention: queries [heads, head_dim] float32, scaled; the token is appended.
+void int4_decode_append(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
+                        const void* cos, const void* sin, const KvContext* context, float* queries) {
+    Scratch& buffers = scratch();
+    Step(level, threads, exact != 0, *layer, buffers).append(Vector{hidden, dtype}, {cos, dtype}, {sin, dtype}, *context);
+    std::copy_n(buffers.wide.data(), layer->heads * layer->head_dim, queries);
+}
+
+// The second half: mixed [heads, head_dim] float32 is what attention made of the queries.
+void int4_decode_finish(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
+                        const float* mixed, void* out) {
+    Scratch& buffers = scratch();
+    buffers.mixed.assign(mixed, mixed + layer->heads * layer->head_dim);
+    Step(level, threads, exact != 0, *layer, buffers).finish({hidden, dtype}, out);
 }
 }
