@@ -89,7 +89,7 @@ def to_awq(weight: PackedWeight) -> dict[str, Tensor]:
     for values in (codes, zero):
         lanes = values.view(rows // 8, 8, -1)[:, _AWQ_ORDER].to(torch.int32)
         words.append(_joined(lanes, 4).t().contiguous())
-    return {"qweight": words[0].view(inputs, rows // 8), "qzeros": words[1], "scales": _half(weight.scale)}
+    return {"qweight": words[0].view(inputs, rows // 8), "qzeros": words[1], "scales": _turned_half(weight.scale)}
 
 
 def to_gptq(weight: PackedWeight, first_version: bool) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def to_gptq(weight: PackedWeight, first_version: bool) -> dict[str, Tensor]:
     return {
         "qweight": weight.codes.view(torch.int32).t().contiguous(),
         "qzeros": _joined(lanes, weight.bits).t().contiguous(),
-        "scales": _half(weight.scale),
+        "scales": _turned_half(weight.scale),
         "g_idx": torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size,
     }
 
@@ -120,11 +120,16 @@ def _joined(lanes: Tensor, bits: int) -> Tensor:
 
 
 def _half(scale: Tensor) -> Tensor:
-    """Return scales [N, K/G] as float16 [K/G, N]. Raises ValueError if that rounds one."""
+    """Return scales as float16. Raises ValueError if that rounds one."""
     half = scale.to(torch.float16)
     if not torch.equal(half.float(), scale.float()):
         raise ValueError("scales that float16 does not hold")
-    return half.t().contiguous()
+    return half
+
+
+def _turned_half(scale: Tensor) -> Tensor:
+    """Return scales [N, K/G] as float16 [K/G, N]. Raises ValueError if that rounds one."""
+    return _half(scale).t().contiguous()
 
 
 def _groups(qzeros: Tensor, scales: Tensor, inputs: int, rows: int, zero_words: int) -> int:
@@ -153,22 +158,62 @@ def _packed(codes: Tensor, scales: Tensor, zero: Tensor, symmetric: bool, bits: 
     return PackedWeight(codes, scales.t().contiguous(), None if symmetric else pack_zero(zero, bits), group_size, bits)
 
 
-def from_ggml(blocks: Tensor, bits: int) -> PackedWeight:
-    """Return a symmetric weight [N, K] in groups of 32 of GGUF's Q4_0 (4 bits) or Q8_0 (8).
+def from_ggml(blocks: Tensor, bits: int, minima: bool = False) -> PackedWeight:
+    """Return a weight [N, K] in groups of 32 of GGUF's Q4_0 (4 bits), Q8_0 (8) or Q4_1 (4 and `minima`).
 
-    blocks: uint8 [N, K/32 * (2 + 4 * bits)]; a block is a float16 scale, which may be negative, and 32 codes: of 4 bits
-    less 8, byte j holding places j and j + 16; of 8 bits signed, in order (ggml-common.h, block_q4_0 and block_q8_0).
-    Raises ValueError if rows are not whole blocks.
+    blocks: uint8 [N, K/32 * (2 + 2 * minima + 4 * bits)]; a block is a float16 scale, which may be negative, of Q4_1 a
+    float16 minimum, and 32 codes: of 4 bits byte j holding places j and j + 16, less 8 without a minimum; of 8 bits
+    signed, in order (ggml-common.h, block_q4_0, block_q4_1 and block_q8_0). A minimum becomes a zero point.
+    Raises ValueError if rows are not whole blocks, or a minimum is not what `to_ggml` makes of a zero point.
     """
-    block_bytes = 2 + 4 * bits
+    head_bytes = 2 + 2 * minima
+    block_bytes = head_bytes + 4 * bits
     if blocks.shape[1] % block_bytes:
         raise ValueError(f"rows of {blocks.shape[1]} bytes; expected a multiple of {block_bytes}")
     apart = blocks.view(len(blocks), -1, block_bytes)
-    scale = apart[..., :2].contiguous().view(torch.float16).flatten(1)
-    codes = apart[..., 2:]
+    heads = apart[..., :head_bytes].contiguous().view(torch.float16)
+    scale, codes = heads[..., 0].contiguous(), apart[..., head_bytes:]
     if bits == 4:
         single = torch.cat((codes & 15, codes >> 4), dim=-1)
         codes = single[..., 0::2] | single[..., 1::2] << 4
     else:
         codes = codes ^ symmetric_zero(bits)
-    return PackedWeight(codes.flatten(1).contiguous(), scale, None, 32, bits)
+    zero = pack_zero(_zero_of(scale, heads[..., 1]), bits) if minima else None
+    return PackedWeight(codes.flatten(1).contiguous(), scale, zero, 32, bits)
+
+
+def to_ggml(weight: PackedWeight) -> Tensor:
+    """Return a weight as rows of GGUF's blocks, uint8: the inverse of `from_ggml`, with minima for zero points.
+
+    A larger group's scale is repeated in each of its blocks. Codes and scales are unchanged; a minimum, -z * s, is
+    rounded to float16, by less than 2^-7 of a step. Raises ValueError if float16 does not hold a scale or minimum, rows
+    are not whole blocks, or 8 bits have zero points.
+    """
+    rows, inputs, bits = weight.out_features, weight.in_features, weight.bits
+    if inputs % 32:
+        raise ValueError(f"rows of {inputs} inputs; expected a multiple of 32")
+    if bits == 8 and not weight.symmetric:
+        raise ValueError("8 bits with zero points, where Q8_0 has none")
+    codes, zero = unpack(weight)
+    scale = _half(weight.scale)
+    heads = [scale]
+    if not weight.symmetric:
+        heads.append(_minimum(scale, zero))
+        if not heads[1].isfinite().all():
+            raise ValueError("zero points times scales that float16 does not hold")
+    single = codes.view(rows, -1, 32)
+    body = single[..., :16] | single[..., 16:] << 4 if bits == 4 else single ^ symmetric_zero(bits)
+    repeated = torch.stack(heads, dim=-1).repeat_interleave(weight.group_size // 32, dim=1)
+    return torch.cat((repeated.view(torch.uint8), body), dim=-1).flatten(1)
+
+
+def _minimum(scale: Tensor, zero: Tensor) -> Tensor:
+    return -(scale.float() * zero.float()).half()
+
+
+def _zero_of(scale: Tensor, minimum: Tensor) -> Tensor:
+    """Return the zero points, uint8, of Q4_1's minima. Raises ValueError unless each gives its minimum again."""
+    steps = torch.where(scale == 0, 0, -minimum.float() / scale.float()).round()
+    if not ((steps >= 0) & (steps <= 15)).all() or not torch.equal(_minimum(scale, steps), minimum):
+        raise ValueError("minima that are no whole number of steps")
+    return steps.to(torch.uint8)

@@ -29,6 +29,7 @@ def convert_gguf(path: Path, output: Path, overwrite: bool = False) -> Checkpoin
     bits = file.packed_bits(model, places)
     if not bits:
         raise InputError(f"{path}: none of its linears is quantized as Q4_0 or Q8_0: there is nothing to re-lay")
+    symmetric = file.symmetric(places, bits)
     prefix, layers = decoder_layers(model)
     first, last = outer_names(model, prefix, [name for name in places if not name.startswith(f"{prefix}.")])
     modules = [f"{prefix}.{index}" for index in range(len(layers))]
@@ -39,10 +40,10 @@ def convert_gguf(path: Path, output: Path, overwrite: bool = False) -> Checkpoin
         place, module = places[name], name.removesuffix(".weight")
         heads = file.permuted_heads(model, place)
         if name.endswith(".weight") and module in bits:
-            return file.read_packed(module, place, bits[module], heads)
+            return file.read_packed(module, place, bits[module], heads, symmetric)
         return {name: file.read_plain(place, heads)}
 
-    with open_writer(output, _recipe(path, model, bits), len(shards), overwrite) as writer:
+    with open_writer(output, _recipe(path, model, bits, symmetric), len(shards), overwrite) as writer:
         progress = Progress("re-laying, shard", len(shards))
         for index, (module, names) in enumerate(shards):
             if writer.done(index) is None:
@@ -59,13 +60,13 @@ def gguf_identity(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
 
 
-def _recipe(path: Path, model: nn.Module, bits: dict[str, int]) -> Recipe:
+def _recipe(path: Path, model: nn.Module, bits: dict[str, int], symmetric: bool) -> Recipe:
     narrow = min(bits.values())
     return Recipe(
         method="convert",
         bits=narrow,
         group_size=32,
-        symmetric=True,
+        symmetric=symmetric,
         ignore=tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in bits),
         source=str(path.resolve()),
         source_xxh3=gguf_identity(path),

@@ -1,11 +1,12 @@
 """GGUF files, llama.cpp's: Q4_0 and Q8_0 re-laid code by code, under the names and the row order of transformers.
 
-Both are symmetric in groups of 32 under a float16 scale, which is what this toolkit stores. Q4_1 adds a minimum that is
-a number of its own where a zero point here is a whole number of steps, and the K-quants have groups of 16 or scales in
-two steps: linears of these are refused. Tables (embeddings, an output head) of any type are dequantised to float16.
+Both are symmetric in groups of 32 under a float16 scale, which is what this toolkit stores. Q4_1 adds a minimum, a
+number of its own where a zero point here is a whole number of steps: it is taken where all minima are such, as in files
+of `quant.export`. The K-quants have groups of 16 or scales in two steps: linears of these are refused, and of other
+Q4_1. Tables (embeddings, an output head) of any type are dequantised to float16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from kernels.packed import PackedWeight
+from kernels.packed import pack_zero, symmetric_zero
 from kernels.repack import from_ggml
 from offload.errors import CheckpointError, InputError
-from offload.layer_view import PACKED, SCALE, SHAPE
+from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
 from offload.source import files_around
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Those whose tensors transformers takes as they are, but for llama's queries and keys."""
 
-_PACKED_BITS = {"Q4_0": 4, "Q8_0": 8}
+_PACKED_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TABLE_CHUNK_ROWS = 4096
 
@@ -102,27 +103,49 @@ class GgufFile:
             if not isinstance(linear, nn.Linear) or place is None:
                 continue
             kind = self.tensors[place].tensor_type.name
-            if kind in _PACKED_BITS:
+            if kind in _PACKED_BITS and self._has_codes(place):
                 bits[module] = _PACKED_BITS[kind]
             elif kind not in _PLAIN and linear is not model.get_output_embeddings():
                 raise InputError(
                     f"{self.path}: tensor {place!r} is {kind}, which no codes of this toolkit hold exactly; expected "
-                    f"{', '.join((*_PACKED_BITS, *_PLAIN))}: download the model as Q4_0 or Q8_0, or quantize its "
+                    f"Q4_0, Q8_0, {', '.join(_PLAIN)}: download the model as Q4_0 or Q8_0, or quantize its "
                     "safetensors with `python -m quant.awq --model DIR`"
                 )
         return bits
 
-    def read_packed(self, module: str, place: str, bits: int, heads: int | None) -> dict[str, Tensor]:
-        """Return the tensors of a packed linear. heads: see `_in_order`. Raises CheckpointError."""
-        weight = from_ggml(torch.from_numpy(self.tensors[place].data.copy()), bits)
+    def symmetric(self, places: Mapping[str, str], packed: Iterable[str]) -> bool:
+        """Whether none of the packed linears has minima."""
+        return all(self.tensors[places[f"{module}.weight"]].tensor_type.name != "Q4_1" for module in packed)
+
+    def read_packed(self, module: str, place: str, bits: int, heads: int | None, symmetric: bool) -> dict[str, Tensor]:
+        """Return the tensors of a packed linear, without zero points if symmetric. Raises CheckpointError.
+
+        heads: see `_in_order`.
+        """
+        minima = self.tensors[place].tensor_type.name == "Q4_1"
+        weight = from_ggml(_in_order(torch.from_numpy(self.tensors[place].data.copy()), heads), bits, minima)
         if not weight.scale.isfinite().all():
             raise CheckpointError(f"{self.path}: tensor {place!r} has scales that are not finite; download it again")
-        weight = PackedWeight(_in_order(weight.codes, heads), _in_order(weight.scale, heads), None, 32, bits)
-        return {
+        found = {
             module + PACKED: weight.codes.view(torch.int32),
             module + SCALE: weight.scale,
             module + SHAPE: torch.tensor([weight.out_features, weight.in_features]),
         }
+        if not symmetric:
+            middle = torch.full(weight.scale.shape, symmetric_zero(bits))
+            found[module + ZERO] = pack_zero(middle, bits) if weight.zero is None else weight.zero
+        return found
+
+    def _has_codes(self, place: str) -> bool:
+        """Whether a tensor of a type that is packed has no minimum between two steps."""
+        tensor = self.tensors[place]
+        if tensor.tensor_type.name == "Q4_1":
+            try:
+                for row in range(0, len(tensor.data), _TABLE_CHUNK_ROWS):
+                    from_ggml(torch.from_numpy(tensor.data[row : row + _TABLE_CHUNK_ROWS].copy()), 4, minima=True)
+            except ValueError:
+                return False
+        return True
 
     def read_plain(self, place: str, heads: int | None) -> Tensor:
         """Return a tensor as it is, or a table dequantised to float16. heads: see `_in_order`."""

@@ -1,8 +1,8 @@
 """Write a checkpoint in the layout of another tool, code by code. `python -m quant.export --format gptq --output DIR`
 
 AWQ's "gemm" and GPTQ (version 1 where there are no zero points, else 2, which stores them without loss) take the codes,
-zero points and scales as they are; what their layouts cannot hold is refused by name. compressed-tensors is the layout
-of every checkpoint already: DIR itself opens in transformers.
+zero points and scales as they are, GGUF the codes and scales; what a layout cannot hold is refused by name.
+compressed-tensors is the layout of every checkpoint already: DIR itself opens in transformers.
 """
 
 import argparse
@@ -22,15 +22,14 @@ from kernels.packed import PackedWeight
 from kernels.repack import to_awq, to_gptq
 from offload.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, LayerBlob, Recipe
 from offload.checkpoint_writer import write_durably, write_safetensors
-from offload.checksums import verify
 from offload.command import Parser, Progress, format_bytes, run, say
 from offload.convert import opened
 from offload.errors import InputError, ResourceError, UsageError
 from offload.files import read_json
 from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO
-from offload.memory import Arena, FileReader
-from offload.read_queue import read_blob
+from offload.memory import FileReader
 from offload.source import DEFAULT_OUTPUT, check_made, files_around
+from quant.shards import packed_linears, read_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,7 @@ def layout_of(name: str, recipe: Recipe) -> Layout:
 
 
 FORMATS: Mapping[str, str] = {"awq": "AutoAWQ's gemm", "gptq": "GPTQ, version 1 or 2"}
+"""What is a directory; `gguf` is a file (`quant.export_gguf`)."""
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def _write(checkpoint: Checkpoint, layout: Layout, name: str, directory: Path) -
     progress = Progress("exporting, shard", len(checkpoint.blobs))
     try:
         for blob in checkpoint.blobs:
-            tensors = _relaid(checkpoint, blob, layout, _read(reader, blob))
+            tensors = _relaid(checkpoint, blob, layout, read_shard(reader, blob))
             write_safetensors(directory / blob.path.name, tensors)
             weight_map |= dict.fromkeys(tensors, blob.path.name)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -123,21 +123,10 @@ def _write(checkpoint: Checkpoint, layout: Layout, name: str, directory: Path) -
     write_durably(directory / "README.md", _card(checkpoint, layout, name))
 
 
-def _read(reader: FileReader, blob: LayerBlob) -> dict[str, Tensor]:
-    """Read and verify a shard. Raises CheckpointError."""
-    arena = Arena(blob.nbytes)
-    read_blob(reader, blob, arena)
-    verify(blob, arena)
-    return {name: arena.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype) for name, spec in blob.tensors.items()}
-
-
 def _relaid(checkpoint: Checkpoint, blob: LayerBlob, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a shard's tensors with those of packed linears in the layout. Raises InputError naming a linear."""
     out = {name: tensor for name, tensor in tensors.items() if not name.endswith((PACKED, SCALE, ZERO, SHAPE, ORDER))}
-    for module in [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]:
-        bits, inputs = checkpoint.recipe.bits_of(module), int(tensors[module + SHAPE][1])
-        codes, group_size = tensors[module + PACKED].view(torch.uint8), checkpoint.recipe.group_size or inputs
-        weight = PackedWeight(codes, tensors[module + SCALE], tensors.get(module + ZERO), group_size, bits)
+    for module, weight in packed_linears(checkpoint, tensors):
         try:
             relaid = layout.repack(weight)
         except ValueError as error:
@@ -175,12 +164,18 @@ def _command(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     check_made(options.model)
     checkpoint = Checkpoint.open(opened(options.model))
-    layout = export(checkpoint, options.format, options.output)
-    nbytes = sum(path.stat().st_size for path in options.output.iterdir())
+    if options.format == "gguf":
+        from quant.export_gguf import export_gguf
+
+        export_gguf(checkpoint, options.output)
+        nbytes, opens = options.output.stat().st_size, "llama.cpp"
+    else:
+        opens = export(checkpoint, options.format, options.output).opens
+        nbytes = sum(path.stat().st_size for path in options.output.iterdir())
     if options.json:
         print(json.dumps({"model": str(options.model), "format": options.format, "bytes": nbytes}))
     else:
-        say(f"{options.output}: {format_bytes(nbytes)}, for {layout.opens}")
+        say(f"{options.output}: {format_bytes(nbytes)}, for {opens}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,11 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "-f",
         "--format",
-        choices=list(FORMATS),
+        choices=[*FORMATS, "gguf"],
         required=True,
         help="compressed-tensors is what a checkpoint is already",
     )
-    add("-o", "--output", type=Path, required=True, help="directory to write")
+    add("-o", "--output", type=Path, required=True, help="directory to write, of gguf the file")
     add("--json", action="store_true", help="print one JSON object about the result on stdout")
     return parser
 
