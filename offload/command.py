@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr.
 """
 
 import argparse
+import difflib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from offload.errors import ToolkitError, UsageError
 
@@ -19,7 +21,7 @@ _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults, refuses abbreviations and knows `--debug`."""
+    """An argument parser that shows defaults, refuses abbreviations, knows `--debug` and guesses misspelt flags."""
 
     def __init__(self, program: str, description: str) -> None:
         super().__init__(
@@ -29,6 +31,14 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2; a flag that nobody knows with the one that it is most like."""
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        if message.startswith("unrecognized") and unknown.startswith("-"):
+            alike = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+            message += f"; did you mean {alike[0]}?" if alike else ""
+        super().error(message)
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from offload.checkpoint import read_json
 from offload.errors import InputError
+from offload.files import read_json
 from offload.text import load_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -1,9 +1,9 @@
 """Runs commands with `faults.c` loaded, each job in a fork of this process: what is imported once serves them all.
 
-A job is a line of JSON on stdin: {"seconds", "here", "steps": [{"module", "argv", "fault", "kill_after"}]}. Its steps
-run one after another in one process, in this very one if `here`. The answer is a line on stdout: the results of the
-steps that ended, and the status of the process, "hang" if it was not through in time. `fault` is null or [directory,
-calls, at, how, argument], see `faults.c`; `kill_after` null or the seconds after which the process is to be killed.
+A job is a line of JSON on stdin: {"seconds", "here", "steps": [{"module", "argv", "fault", "signal"}]}. Its steps run
+one after another in one process, in this very one if `here`. The answer is a line on stdout: the results of the steps
+that ended, and the status of the process, "hang" if it was not through in time. `fault` is null or [directory, calls,
+at, how, argument], see `faults.c`; `signal` null or [which, seconds]: one that the process sends itself so much later.
 """
 
 import ctypes
@@ -89,8 +89,9 @@ def run_step(step: dict[str, Any], faults: Any) -> dict[str, Any]:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         before, started = open_files(), time.monotonic()
-        if step["kill_after"] is not None:
-            Timer(step["kill_after"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if step["signal"] is not None:
+            which, after = step["signal"]
+            Timer(after, os.kill, (os.getpid(), which)).start()
         if step["fault"] is not None:
             directory, *numbers = step["fault"]
             faults.fault_arm(directory.encode(), *numbers)

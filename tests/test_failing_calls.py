@@ -125,9 +125,11 @@ def drivers(library: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
     drivers.close()
 
 
-def step(module: str, argv: list[str], fault: tuple[Path, int, int, int, int] | None, kill_after: float | None) -> Step:
+def step(
+    module: str, argv: list[str], fault: tuple[Path, int, int, int, int] | None, sent: tuple[int, float] | None
+) -> Step:
     armed = None if fault is None else [str(fault[0].resolve()), *fault[1:]]
-    return {"module": module, "argv": argv, "fault": armed, "kill_after": kill_after}
+    return {"module": module, "argv": argv, "fault": armed, "signal": sent}
 
 
 def quantize(
@@ -135,11 +137,11 @@ def quantize(
     model: Path,
     output: Path,
     fault: tuple[Path, int, int, int, int] | None = None,
-    kill_after: float | None = None,
+    sent: tuple[int, float] | None = None,
     more: tuple[str, ...] = (),
 ) -> Step:
     argv = ["--model", str(model), "--output", str(output), "--group-size", "32", *more]
-    return step(module, argv, fault, kill_after)
+    return step(module, argv, fault, sent)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -275,8 +277,8 @@ def test_a_calibration_killed_again_and_again_at_random_ends_as_if_nothing_had_b
             output = tmp_path / f"{seed}-{died}" / "out"
             status = -signal.SIGKILL
             while status == -signal.SIGKILL:
-                after = chance.uniform(0.1, 1.2) * whole["seconds"]
-                answer = drivers.run([quantize("quant.awq", tiny_model, output, kill_after=after, more=more)])
+                kill = (signal.SIGKILL, chance.uniform(0.1, 1.2) * whole["seconds"])
+                answer = drivers.run([quantize("quant.awq", tiny_model, output, sent=kill, more=more)])
                 status = answer["status"]
                 died += status == -signal.SIGKILL
                 assert is_left_well(output, expected)
@@ -339,10 +341,19 @@ def test_streaming_with_a_call_that_fails_gives_right_tokens_or_none(
         assert any(code for half in halves for code in half), "no call was failed"
 
 
-def test_a_disk_that_stalls_gives_the_same_text(drivers: Drivers, tiny_checkpoint: Path) -> None:
-    tokens = ("--max-new-tokens", "40", "--temperature", "3")  # likely to go on for so long
+def test_a_disk_that_stalls_gives_the_same_text_and_lets_itself_be_interrupted(
+    drivers: Drivers, tiny_checkpoint: Path
+) -> None:
+    tokens = ("--max-new-tokens", "100", "--temperature", "3")  # likely to go on for so long
+    stalls = (tiny_checkpoint, READ, 50, DELAY, 200)
     (whole,) = drivers.run([stream(tiny_checkpoint, None, *tokens)])["steps"]
-    (stalled,) = drivers.run([stream(tiny_checkpoint, (tiny_checkpoint, READ, 50, DELAY, 200), *tokens)])["steps"]
-    assert stalled["calls"] >= 100
+    (stalled,) = drivers.run([stream(tiny_checkpoint, stalls, *tokens)])["steps"]
+    assert stalled["calls"] >= 200
     assert stalled["seconds"] > stalled["calls"] // 50 * 0.2
     assert (stalled["code"], stalled["out"]) == (0, whole["out"])
+    after = stalled["seconds"] / 2
+    interrupt = {**stream(tiny_checkpoint, stalls, *tokens), "signal": (signal.SIGINT, after)}
+    (interrupted,) = drivers.run([interrupt])["steps"]
+    assert interrupted["code"] == 130
+    assert interrupted["seconds"] < after + 1
+    assert whole["out"].startswith(interrupted["out"].rstrip("\n"))

@@ -1,0 +1,230 @@
+"""The rows of docs/faults.md that no other test holds, and that the table names tests that exist."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offload import load
+from offload.checkpoint import Checkpoint
+from offload.checkpoint_writer import write_safetensors
+from offload.command import Parser
+from offload.errors import CheckpointError, InputError
+from offload.generate import main as generate
+from offload.skeleton import read_config
+from quant import awq, rtn
+
+ROOT = Path(__file__).parent.parent
+UP = "model.layers.1.mlp.up_proj"
+NUMBER_OF_ROWS = 93
+
+
+def rewritten(checkpoint: Path, directory: Path, change: Any) -> Path:
+    """Return a copy of a checkpoint with one shard changed, and what the manifest says of it."""
+    shutil.copytree(checkpoint, directory)
+    shard = directory / "model-00003-of-00005.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    checksums = write_safetensors(shard, tensors)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["shards"][2] |= {"xxh3": checksums, "size_bytes": shard.stat().st_size}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_codes_of_another_dtype_are_refused(tiny_checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    name = f"{UP}.weight_packed"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+
+    directory = rewritten(tiny_checkpoint, tmp_path / "copy", change)
+    with pytest.raises(CheckpointError, match=re.escape(f"'{name}' is {dtype} [")):
+        load(directory)
+
+
+def test_two_tensors_of_one_shape_swapped_are_caught(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    blob = Checkpoint.open(directory).blobs[2]
+    gate, up = (blob.tensors[f"{blob.module}.mlp.{name}_proj.weight_packed"] for name in ("gate", "up"))
+    content = bytearray(blob.path.read_bytes())
+    places = [slice(blob.offset + spec.offset, blob.offset + spec.offset + spec.nbytes) for spec in (gate, up)]
+    content[places[0]], content[places[1]] = content[places[1]], content[places[0]]
+    blob.path.write_bytes(content)
+    assert generate(["--model", str(directory), "--prompt", "The", "--no-chat", "--device-map", "disk"]) == 3
+    assert "mlp.gate_proj.weight_packed' is damaged" in capsys.readouterr().err
+
+
+def test_two_sets_of_weights_are_refused(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert rtn.main(["--model", str(model), "--output", str(tmp_path / "out")]) == 3
+    assert "both model.safetensors.index.json and model.safetensors, two sets of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_scales_that_are_not_finite_are_refused_before_a_token(
+    tiny_checkpoint: Path, tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{UP}.weight_scale"
+    directory = rewritten(tiny_checkpoint, tmp_path / "copy", lambda tensors: tensors[name].view(-1)[3].fill_(value))
+    for device_map in ("cpu", "disk"):
+        flags = ["--prompt", "The", "--no-chat", "--max-new-tokens", "2", "--device-map", device_map]
+        assert generate(["--model", str(directory), *flags]) == 3
+        output = capsys.readouterr()
+        assert f"tensor '{name}' holds 1 NaN or infinite scales" in output.err
+        assert output.out == ""
+
+
+def test_a_pattern_out_of_a_configuration_is_never_a_regular_expression(tiny_model: Path, tmp_path: Path) -> None:
+    """The classic that takes for ever: were it matched against 40 letters, the time limit would end this test."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    quantized = {"quant_method": "gptq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["(a+)+$"] * 3}
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    started = time.monotonic()
+    assert rtn.main(["--model", str(model), "--output", str(tmp_path / "out")]) == 3
+    assert rtn.main(["--model", str(tiny_model), "--output", str(tmp_path / "out"), "--skip", "(a+)+$"]) == 2
+    assert time.monotonic() - started < 30
+
+
+NAMES = {
+    "spaces": "a model of mine",
+    "letters": "模型-ü",
+    "emoji": "🦙",
+    "dash": "-m",
+    "long": "x" * 200,
+    "line": "a\nb",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_any_path_works(
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = NAMES[kind]
+    shutil.copytree(tiny_model, tmp_path / name)
+    assert rtn.main([f"--model={name}", f"--output=./{name}-int4", "--group-size", "32"]) == 0
+    capsys.readouterr()
+    assert generate([f"--model=./{name}-int4", "--prompt", "The", "--no-chat", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_calibration_that_then_resumes(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    def flags(output: Path) -> list[str]:
+        amount = ["--num-samples", "8", "--seq-len", "32", "--group-size", "32"]
+        return ["--model", str(tiny_model), "--output", str(output), "--calibration", str(calibration_text), *amount]
+
+    output, whole = tmp_path / "out", tmp_path / "whole" / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "quant.awq", *flags(output)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    while process.poll() is None and not (output / "partial" / "00001.json").exists():
+        time.sleep(0.001)
+    process.send_signal(sent)
+    sent_at = time.monotonic()
+    _, told = process.communicate()
+    if process.returncode:  # else it was through before it was hit
+        assert time.monotonic() - sent_at < 10
+        assert process.returncode == status, told
+        assert "Traceback" not in told
+        with pytest.raises(CheckpointError, match="calibration has not finished"):
+            Checkpoint.open(output)
+    assert awq.main(flags(output)) == 0
+    assert awq.main(flags(whole)) == 0
+    for shard in sorted(whole.glob("*.safetensors")):
+        assert (output / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_more_tokens_than_the_context_has_are_capped_and_none_are_refused(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny_checkpoint), "--prompt", "The", "--no-chat", "--json"]
+    for count in ("0", "-1"):
+        assert generate([*flags, "--max-new-tokens", count]) == 2
+        assert capsys.readouterr().err == f"error: --max-new-tokens {count}: expected at least 1\n"
+    assert generate([*flags, "--max-new-tokens", "9" * 30]) == 0
+    assert 1 <= json.loads(capsys.readouterr().out)["new_tokens"] < 512
+    assert generate([*flags[:2], "--prompt", "x" * 600, "--no-chat"]) == 3
+    assert "the prompt has 600 tokens, the context only 512" in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("offload.generate", "")
+    parser.add_argument("--cpu-memory")
+    for argument in ("--cpu-memroy", "--cpu-memroy=8GiB"):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args([argument])
+        assert caught.value.code == 2
+        assert f"unrecognized arguments: {argument}; did you mean --cpu-memory?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--zebra"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 1 << 40}, {"num_hidden_layers": 0}, {"vocab_size": -1}])
+def test_a_configuration_of_hostile_sizes_is_refused_quickly(
+    tiny_model: Path, tmp_path: Path, change: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | change))
+    started = time.monotonic()
+    status = rtn.main(["--model", str(model), "--output", str(tmp_path / "out"), "--group-size", "32"])
+    error = capsys.readouterr().err
+    assert status == 3, error
+    assert time.monotonic() - started < 20
+    assert "Traceback" not in error
+    assert "bug:" not in error
+
+
+def test_a_configuration_that_is_cut_off(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    content = (model / "config.json").read_bytes()
+    (model / "config.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_config(model)
+
+
+def table() -> dict[int, str]:
+    """Return the rows of docs/faults.md, by number: what stands in their last column."""
+    lines = (ROOT / "docs" / "faults.md").read_text().splitlines()
+    found = [re.fullmatch(r"\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|", line) for line in lines]
+    return {int(match[1]): match[2] for match in found if match}
+
+
+def test_the_table_has_every_row_and_the_tests_it_names_exist() -> None:
+    rows = table()
+    assert sorted(rows) == list(range(1, NUMBER_OF_ROWS + 1))
+    for number, text in rows.items():
+        named = re.findall(r"`(\w+)::(\w+)`", text)
+        assert named or text.startswith(("not tested: ", "does not apply: ")), f"row {number}: {text}"
+        for file, function in named:
+            source = (ROOT / "tests" / f"{file}.py").read_text()
+            assert f"def {function}(" in source, f"row {number}: no {function} in {file}.py"
+
+
+def test_the_count_above_the_table_is_that_of_its_rows() -> None:
+    rows = table().values()
+    untested = sum(text.startswith("not tested: ") for text in rows)
+    elsewhere = sum(text.startswith("does not apply: ") for text in rows)
+    tried = NUMBER_OF_ROWS - untested - elsewhere
+    said = f"{NUMBER_OF_ROWS} rows: {tried} tried, all of them pass; {elsewhere} do not apply; {untested} not tested."
+    assert said in (ROOT / "docs" / "faults.md").read_text()
