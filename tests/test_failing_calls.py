@@ -30,6 +30,8 @@ CHANGE = WRITE | FSYNC | RENAME | UNLINK | MKDIR
 COUNT, FAIL, SHORT, KILL, DELAY = range(5)
 SAMPLES = ("--num-samples", "8", "--seq-len", "32")
 HANG_SECONDS = 60.0
+MOST_CALLS = 150
+"""Of a streamed run, whose last half second times the disk by thousands of reads like those before."""
 
 every_call = pytest.mark.parametrize(
     "stride", [29, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["some", "every"]
@@ -334,7 +336,7 @@ def test_streaming_with_a_call_that_fails_gives_right_tokens_or_none(
         assert grown < 24 << 20, f"{grown >> 20} MiB more after {len(steps)} runs"
         return [failed["code"] for failed in answer["steps"][::2]]
 
-    numbers = range(1, whole["calls"] + 1, stride)
+    numbers = range(1, min(whole["calls"], MOST_CALLS) + 1, stride)
     halves = drivers.map(check, [numbers[::2], numbers[1::2]])
     assert len(halves[0]) + len(halves[1]) == len(numbers) > 0
     if how == FAIL:
