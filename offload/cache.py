@@ -45,6 +45,8 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         if self.key_offset is not None and self.key_offset.shape != (key_heads, key_dim):
             found, expected = list(self.key_offset.shape), [key_heads, key_dim]
             raise CheckpointError(f"offsets of keys {found}, expected {expected}; run `python -m quant.kv` again")
+        if self.key_offset is not None:
+            self.key_offset = self.key_offset.to(self.device)  # read with the checkpoint, on the host
         self._blocks = KVBlocks(BlockShape(batch, key_heads, key_dim, value_states.shape[-1]))
         self.is_initialized = True
 

@@ -207,6 +207,16 @@ def test_bytes_per_token_with_everything_counted() -> None:
     assert layer.nbytes / tokens <= 0.53 * 2 * 2 * heads * dim
 
 
+def test_an_offset_goes_to_the_device_of_the_keys() -> None:
+    """Kernels of a GPU read no tensor of the host. The meta device stands in for it: it has no memory, but a name."""
+    layer = Int8Layer(torch.randn(2, 16))
+    layer.lazy_initialization(*torch.empty(2, 1, 2, 5, 16, device="meta"))
+    layer.make_room(5)
+    assert layer.key_offset is not None
+    devices = {layer.key_offset.device.type, *(block.memory.device.type for block in layer.blocks)}
+    assert devices == {"meta"}
+
+
 def test_an_offset_of_the_keys_saves_the_bits_that_a_strong_bias_costs() -> None:
     """Of pairs that turn slowly a constant in the bias stays one after rotation; a code of one scale is spent on it."""
     plain, symmetric, calibrated = (tiny(Qwen2Config, rope_parameters=SLOW) for _ in range(3))

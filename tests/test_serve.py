@@ -419,3 +419,25 @@ def test_text_is_passed_on_only_when_it_is_certain(tiny_checkpoint: Path) -> Non
     pieces, feed = fed(prompts, ("xyz", "bx"), "abxyzc")
     assert (pieces, feed.text, feed.stopped) == (["a"], "a", True)
     assert fed(prompts, ("q",), "abx")[1].stopped is False
+
+
+def test_answers_over_8_bit_keys_are_what_the_command_line_says(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each request has a cache of its own, although they share the passes."""
+    from offload.generate import main
+
+    flags = ["--kv", "int8", "--device-map", "disk"]
+    texts = []
+    for prompt in PROMPTS[:4]:
+        words = ["--prompt", prompt, "--no-chat", "--max-new-tokens", "80", "--json"]
+        assert main(["--model", str(tiny_checkpoint), *flags, *words]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    server = start(tiny_checkpoint, *flags)
+    try:
+        complete = server.client().completions.create
+        with ThreadPoolExecutor(4) as pool:
+            ask = [pool.submit(complete, model="tiny", prompt=p, max_tokens=80, temperature=0) for p in PROMPTS[:4]]
+            assert [one.result().choices[0].text for one in ask] == texts
+    finally:
+        stop(server)
