@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from textwrap import shorten
@@ -73,7 +74,8 @@ def _command(argv: list[str]) -> None:
     check_made(options.model)
     chat = _open(options, words)
     say("/help lists the commands")
-    chat.run()
+    with closing(chat):
+        chat.run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +131,10 @@ class Chat:
             "/set": self._set,
             "/stats": lambda rest: say(self._stats),
         }
+
+    def close(self) -> None:
+        """Stop reading and close the files of the model."""
+        self._session.close()
 
     def run(self) -> None:
         """Read and answer until there is no more."""

@@ -189,7 +189,7 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
         finally:
             os.close(descriptor)
         os.rename(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
@@ -201,7 +201,8 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
         ) from None
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Let the names in a directory outlive a loss of power."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

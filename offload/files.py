@@ -22,7 +22,8 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; copy or download the model again") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk and permissions") from None
+        reason = error.strerror or error  # transformers raises it with a text of its own
+        raise CheckpointError(f"{path}: cannot be read ({reason}); check the file, the disk and permissions") from None
     except ValueError as error:  # a name with NUL or half a surrogate pair in it
         raise CheckpointError(f"{str(path)!r}: cannot be read ({error})") from None
 

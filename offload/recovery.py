@@ -19,6 +19,7 @@ from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.lent_layers import move_inputs
 from offload.planning.choice import plan_smaller
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes
 from offload.streaming import Executor
@@ -103,7 +104,7 @@ class Recovery:
             except torch.OutOfMemoryError:
                 pass
 
-    def _rearrange(self, placement: Any) -> None:
+    def _rearrange(self, placement: Placement) -> None:
         self._rearranged = True
         with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the mode of the caller
             self._executor.rearrange(placement)

@@ -130,7 +130,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
         uvicorn.Server(config).run([listener])
     finally:
         rounds.close()
-        session.executor.close()
+        session.close()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from kernels.packed import PackedWeight
 from kernels.repack import to_ggml
 from offload.checkpoint import Checkpoint, Recipe, TensorSpec
+from offload.checkpoint_writer import sync_directory
 from offload.command import Progress
 from offload.errors import InputError, ResourceError, UsageError
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
@@ -60,7 +61,10 @@ def export_gguf(checkpoint: Checkpoint, output: Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _write(checkpoint, config, output.stem, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.rename(temporary, output)
+        sync_directory(output.parent)
     except OSError as error:
         raise ResourceError(f"--output {output}: cannot be written ({error.strerror})") from None
     finally:

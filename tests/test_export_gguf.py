@@ -91,14 +91,21 @@ CASES = [
 ]
 
 
+def exported(
+    kind: str, flags: list[str], changes: dict[str, Any], tiny_model: Path, directory: Path
+) -> tuple[Path, Path]:
+    """Return a model and the GGUF file of its checkpoint, which is left in `directory / "ours"`."""
+    source, path = model_of(kind, tiny_model, directory / "model", **changes), directory / "theirs.gguf"
+    assert rtn(["--model", str(source), "--output", str(directory / "ours"), "--group-size", "32", *flags]) == 0
+    assert main(["--model", str(directory / "ours"), "--format", "gguf", "--output", str(path)]) == 0
+    return source, path
+
+
 @pytest.mark.parametrize(("kind", "flags", "changes"), CASES)
 def test_read_back_it_gives_equal_logits(
     kind: str, flags: list[str], changes: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    source = model_of(kind, tiny_model, tmp_path / "model", **changes)
-    assert rtn(["--model", str(source), "--output", str(tmp_path / "ours"), "--group-size", "32", *flags]) == 0
-    path = tmp_path / "theirs.gguf"
-    assert main(["--model", str(tmp_path / "ours"), "--format", "gguf", "--output", str(path)]) == 0
+    source, path = exported(kind, flags, changes, tiny_model, tmp_path)
     tokens = torch.tensor([TOKENS])
     with torch.inference_mode():
         ours, back = (load(d, dtype=torch.float32, mode="exact")(tokens).logits for d in (tmp_path / "ours", path))
@@ -119,10 +126,7 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     from llama_cpp import Llama
 
-    source = model_of(kind, tiny_model, tmp_path / "model", **changes)
-    assert rtn(["--model", str(source), "--output", str(tmp_path / "ours"), "--group-size", "32", *flags]) == 0
-    path = tmp_path / "theirs.gguf"
-    assert main(["--model", str(tmp_path / "ours"), "--format", "gguf", "--output", str(path)]) == 0
+    source, path = exported(kind, flags, changes, tiny_model, tmp_path)
     tokens = TOKENS * 12
     with torch.inference_mode():
         ours = load(tmp_path / "ours", dtype=torch.float32, mode="exact")(torch.tensor([tokens])).logits[0].numpy()

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from directories import contents
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kernels.packed import BITS, PackedWeight, dequantize
-from offload.checkpoint import RUN_NAME, Checkpoint
+from offload.checkpoint import Checkpoint
 from offload.checkpoint_writer import CheckpointWriter, write_safetensors
 from offload.errors import CheckpointError
 from offload.skeleton import assign, decoder_layers
@@ -36,12 +37,6 @@ GRID_FLAGS = ["--group-size", "32"]
 def awq_flags(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     calibration = ["--calibration", str(text), "--num-samples", str(SAMPLES), "--seq-len", str(TOKENS)]
     return ["--model", str(model), "--output", str(output), *GRID_FLAGS, *calibration, *more]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Return all that two runs of one recipe have in common."""
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name != RUN_NAME)
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def shards(directory: Path) -> dict[str, bytes]:
