@@ -173,3 +173,18 @@ def test_a_round_that_was_left_holds_nothing_unread(disk: Disk, lend: Callable[[
     disk.permits.release(100)
     assert list(lent(0, 1, 2)) == [0, 1, 2]
     assert disk.read == [0, 1, 2]
+
+
+def test_a_blob_is_checked_at_its_first_read_and_never_without_a_check(disk: Disk) -> None:
+    checked: list[str] = []
+    reader: Any = disk
+    blob = LayerBlob(Path("1"), "experts.1", 0, 4096, {}, {"weight": "0" * 16})
+    for check, expected in ((lambda blob, arena: checked.append(blob.module), ["experts.1"]), (None, [])):
+        checked.clear()
+        queue = ReadQueue(reader, check)
+        disk.permits.release(2)
+        for _ in range(2):
+            with queue.change:
+                queue.wait(queue.put(blob, Arena(4096), "ring"))
+        queue.close()
+        assert checked == expected

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eval.results import RESULTS, append, circumstances, command_line
-from eval.speed import executor, kernels, kv, serve
+from eval.speed import checksums, executor, kernels, kv, serve
 from offload.command import Parser, run, say
 
 
@@ -50,6 +50,7 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "kv": Subject("a layer's cache and attention over the context, against transformers'", kv.add_flags, kv.measure),
     "serve": Subject("the server, one client against many at once", serve.add_flags, serve.measure),
+    "checksums": Subject("what verifying checksums costs a streamed run", checksums.add_flags, checksums.measure),
 }
 
 
