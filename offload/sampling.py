@@ -40,17 +40,21 @@ class Sampling:
         if self.top_k < 0:
             raise UsageError(f"top_k {self.top_k}: expected 0 for all tokens, or how many")
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what `generate()` is to be told: always greedy, after the noise where a token is to be drawn."""
+    def arguments(self, *before: Any) -> dict[str, Any]:
+        """Return what `generate()` is to be told: always greedy, after the noise where a token is to be drawn.
+
+        before: logits processors that come before its own.
+        """
+        steps = list(before)
+        if self.temperature > 0:
+            steps.append(TemperatureLogitsWarper(float(self.temperature)))
+            if self.top_k:
+                steps.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1:
+                steps.append(TopPLogitsWarper(self.top_p))
+            steps.append(_GumbelNoise(self.seed))
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if self.temperature == 0:
-            return greedy
-        steps: list[Any] = [TemperatureLogitsWarper(float(self.temperature))]
-        if self.top_k:
-            steps.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            steps.append(TopPLogitsWarper(self.top_p))
-        return {**greedy, "logits_processor": LogitsProcessorList([*steps, _GumbelNoise(self.seed)])}
+        return {**greedy, "logits_processor": LogitsProcessorList(steps)}
 
 
 class _GumbelNoise:

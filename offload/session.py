@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
 from offload.executor import executor_of, load, new_cache
+from offload.finite import FiniteLogits
 from offload.planning.costs import recall_costs
 from offload.planning.wishes import WishWords
 from offload.sampling import Sampling
@@ -89,6 +90,8 @@ class Session:
         )
         self.executor: Executor = executor_of(self.model)
         placement = self.executor.placement
+        names = [blob.module for blob in self.executor.blobs]
+        self._finite = FiniteLogits(self.model, dict(zip(names, self.executor.layers, strict=True)))
         self.predicted_tokens_per_second = None if costs is None else 1 / placement.seconds(costs)
 
     def close(self) -> None:
@@ -112,6 +115,7 @@ class Session:
         """Return at most `new_tokens` tokens that follow `tokens`.
 
         cache: keys and values of the first of the tokens, extended in place. more: for transformers' `generate()`.
+        Raises InputError where the model's logits are NaN or infinite.
         """
         if cache is not None:
             more["past_key_values"] = cache
@@ -123,7 +127,7 @@ class Session:
             max_new_tokens=new_tokens,
             streamer=streamer,
             prefill_chunk_size=PREFILL_CHUNK_TOKENS if len(tokens) - cached > PREFILL_CHUNK_TOKENS else None,
-            **sampling.arguments(),
+            **sampling.arguments(self._finite),
             **more,
         )
         found: list[int] = output[0, len(tokens) :].tolist()

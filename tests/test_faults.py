@@ -9,15 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from directories import rewritten
 
 from offload import load
 from offload.checkpoint import Checkpoint
-from offload.checkpoint_writer import write_safetensors
 from offload.command import Parser
 from offload.errors import CheckpointError, InputError
 from offload.generate import main as generate
@@ -27,19 +25,6 @@ from quant import awq, rtn
 ROOT = Path(__file__).parent.parent
 UP = "model.layers.1.mlp.up_proj"
 NUMBER_OF_ROWS = 93
-
-
-def rewritten(checkpoint: Path, directory: Path, change: Any) -> Path:
-    """Return a copy of a checkpoint with one shard changed, and what the manifest says of it."""
-    shutil.copytree(checkpoint, directory)
-    shard = directory / "model-00003-of-00005.safetensors"
-    tensors = load_file(shard)
-    change(tensors)
-    checksums = write_safetensors(shard, tensors)
-    manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["shards"][2] |= {"xxh3": checksums, "size_bytes": shard.stat().st_size}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    return directory
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
@@ -52,6 +37,21 @@ def test_codes_of_another_dtype_are_refused(tiny_checkpoint: Path, tmp_path: Pat
     directory = rewritten(tiny_checkpoint, tmp_path / "copy", change)
     with pytest.raises(CheckpointError, match=re.escape(f"'{name}' is {dtype} [")):
         load(directory)
+
+
+@pytest.mark.parametrize("placement", [[], ["--device-map", "disk"]], ids=["resident", "streamed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_the_text_and_name_the_layer(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], placement: list[str], value: float
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.post_attention_layernorm.weight"][5] = value
+
+    directory = rewritten(tiny_checkpoint, tmp_path / "copy", change)
+    assert generate(["--model", str(directory), "--prompt", "The", "--no-chat", *placement]) == 3
+    said = capsys.readouterr()
+    assert said.out.strip() == ""
+    assert "tokens the model's logits are NaN or infinite; model.layers.1 is the first layer whose" in said.err
 
 
 def test_two_tensors_of_one_shape_swapped_are_caught(
