@@ -1,5 +1,6 @@
 """The server, by the real `openai` client: answers, streams, what it refuses, who leaves, and how it ends."""
 
+import asyncio
 import json
 import os
 import re
@@ -18,10 +19,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from directories import rewritten
+from starlette.requests import Request as HttpRequest
 
 from offload.sampling import Sampling
 from offload.serve import main
 from offload.serving.answer import TextFeed
+from offload.serving.app import _json
+from offload.serving.request import Bounds, RequestError
 from offload.session import Prompts, Session
 
 ROOT = Path(__file__).parent.parent
@@ -301,6 +306,48 @@ def test_nothing_is_there_without_the_key(server: Server) -> None:
         server.client("wrong").models.list()
     assert server.get("/nothing").json()["error"]["message"] == "GET /nothing: Not Found"
     assert server.get("/v1/completions").status_code == 405
+
+
+def test_headers_without_an_end_are_refused_and_hurt_nobody(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * (1 << 20))
+        answer = connection.recv(64)
+    assert answer.startswith(b"HTTP/1.1 4")
+    assert server.get("/health").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    http = HttpRequest({"type": "http", "method": "POST", "headers": []}, receive)
+    with pytest.raises(RequestError, match=r"the body was not there after 0\.05 seconds") as raised:
+        asyncio.run(_json(http, Bounds(512, 400, body_seconds=0.05)))
+    assert raised.value.status == 408
+
+
+def test_what_breaks_inside_is_a_number_for_the_client_and_a_reason_in_the_log(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def change(tensors: Any) -> None:
+        tensors["model.layers.1.post_attention_layernorm.weight"][0] = float("nan")
+
+    server = start(rewritten(tiny_checkpoint, tmp_path / "broken", change))
+    try:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        found = httpx.post(f"{server.url}/v1/completions", json=TEXT, headers=headers)
+        assert found.status_code == 500
+        told = re.fullmatch(
+            r"the server failed; its log says why under ([0-9a-f]{8})", found.json()["error"]["message"]
+        )
+        assert told is not None
+        assert eventually(lambda: "model.layers.1 is the first layer whose output is" in "".join(server.said))
+        assert f"error {told[1]}" in "".join(server.said)
+        events = httpx.post(f"{server.url}/v1/completions", json=TEXT | {"stream": True}, headers=headers).text
+        assert "the server failed; its log says why under" in events
+        assert "[DONE]" not in events
+    finally:
+        stop(server)
 
 
 def eventually(condition: Any) -> bool:

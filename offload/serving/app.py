@@ -90,7 +90,7 @@ class Service:
         return response
 
     async def _answered(self, http: HttpRequest, kind: Kind) -> Response:
-        body = await _json(http, self.bounds.body_bytes)
+        body = await _json(http, self.bounds)
         request = check(body, kind, self.name, self.session.prompts, self.bounds)
         if self.rounds.running + self.rounds.waiting >= self.most:
             raise RequestError("too many requests are waiting; try again later", code="queue_full", status=429)
@@ -152,12 +152,16 @@ class _Keyed:
         await _error(RequestError(message, code="invalid_api_key", status=401))(scope, receive, send)
 
 
-async def _json(http: HttpRequest, most_bytes: int) -> object:
+async def _json(http: HttpRequest, bounds: Bounds) -> object:
     body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > most_bytes:
-            raise RequestError(f"a body of more than {most_bytes} bytes", status=413)
+    try:
+        async with asyncio.timeout(bounds.body_seconds):
+            async for chunk in http.stream():
+                body += chunk
+                if len(body) > bounds.body_bytes:
+                    raise RequestError(f"a body of more than {bounds.body_bytes} bytes", status=413)
+    except TimeoutError:
+        raise RequestError(f"the body was not there after {bounds.body_seconds:g} seconds", status=408) from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

@@ -47,11 +47,15 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a request may have at most: tokens of prompt and answer together, tokens of an answer, bytes of a body."""
+    """What a request may have at most: tokens of prompt and answer together, tokens of an answer, bytes of a body.
+
+    body_seconds: until all of a body is there.
+    """
 
     context_tokens: int
     new_tokens: int
     body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
