@@ -7,7 +7,9 @@ by topic into a calibration and an evaluation part that share no paragraph.
 import hashlib
 import json
 import os
+import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from offload.errors import InputError
 Part = Literal["calibration", "evaluation"]
 _TEXT_SUFFIXES = (".txt", ".raw", ".md", ".text")
 _SEPARATOR = "\n\n"
+_PIECE_CHARACTERS = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +78,32 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
-    """Return the text's tokens, int64 [T]: all documents joined by a blank line and tokenised once, no template."""
-    tokens = tokenizer(text.joined, return_tensors="pt", verbose=False).input_ids[0]
+    """Return the text's tokens, int64 [T]: all documents joined by a blank line and tokenised, no template.
+
+    A long text is tokenised in pieces, as a tokenizer needs some 150 bytes of memory for one of text; they are cut
+    where the usual tokenizers cut words. Raises InputError if there are no tokens.
+    """
+    pieces = (
+        tokenizer(piece, return_tensors="pt", verbose=False, add_special_tokens=number == 0).input_ids[0]
+        for number, piece in enumerate(_pieces(text.joined))
+    )
+    tokens = torch.cat([piece.to(torch.int64) for piece in pieces])
     if len(tokens) == 0:
         raise InputError(f"{text.name}: 0 tokens")
-    result: Tensor = tokens.to(torch.int64)
-    return result
+    return tokens
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the text in pieces, each cut before a single space between two words, if there is one near its end."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        end = start + _PIECE_CHARACTERS
+        spaces = re.finditer(r"(?<=\S) (?=\S)", text[end - _PIECE_CHARACTERS // 16 : end + 1])
+        places = [found.start() for found in spaces]
+        cut = end - _PIECE_CHARACTERS // 16 + places[-1] if places else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def sample_windows(tokens: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:

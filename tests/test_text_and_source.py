@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from offload.errors import CheckpointError, InputError
 from offload.skeleton import assign, build_skeleton, decoder_layers, read_config
@@ -170,6 +171,41 @@ def test_tokens_are_those_of_the_joined_text(tiny_model: Path) -> None:
     assert tokenizer.decode(tokens) == "ab\n\n" + "c" * 600
     with pytest.raises(InputError, match=r"^nothing: 0 tokens$"):
         tokenize(Text(("",), "nothing"), tokenizer)
+
+
+def byte_pairs(text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that cuts words as GPT-2 does, begins with <s>, and knows merges of `text`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>"]))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_long_line_is_tokenised_in_pieces_and_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = " ".join(f"word{number} and  another,\tor \N{GREEK SMALL LETTER PI}" for number in range(60))
+    tokenizer = byte_pairs(line)
+    expected = tokenizer(line).input_ids
+    assert expected[0] == 0
+    assert len(expected) < len(line) / 2
+    lengths: list[int] = []
+
+    def counted(piece: str, **options: Any) -> Any:
+        lengths.append(len(piece))
+        return tokenizer(piece, **options)
+
+    for characters in (333, 500, 1000):
+        lengths.clear()
+        monkeypatch.setattr("offload.text._PIECE_CHARACTERS", characters)
+        assert tokenize(Text((line,), "line"), counted).tolist() == expected
+        assert max(lengths) <= characters
+        assert sum(lengths) == len(line)
+
+
+def test_a_long_line_without_a_space_is_cut_anywhere(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.text._PIECE_CHARACTERS", 64)
+    tokens = tokenize(Text(("x" * 1000,), "line"), AutoTokenizer.from_pretrained(tiny_model))
+    assert len(tokens) == 1000
 
 
 @pytest.mark.parametrize(("length", "count", "seq_len"), [(1000, 7, 100), (1000, 10, 100), (1099, 10, 100), (5, 5, 1)])
