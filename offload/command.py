@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr.
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from offload.errors import ToolkitError, UsageError
+from offload.errors import ResourceError, ToolkitError, UsageError
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -49,11 +50,6 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     try:
         command(argv)
         sys.stdout.flush()
-    except ToolkitError as error:
-        if debug:
-            traceback.print_exc()
-        say(f"error: {error}")
-        return error.exit_code
     except KeyboardInterrupt:
         say("interrupted")
         return 130
@@ -65,11 +61,28 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
     except Exception as error:
-        traceback.print_exc() if debug else say(
-            f"bug: {type(error).__name__}: {error}\n     run again with --debug and report it"
-        )
+        if debug:
+            traceback.print_exc()
+        if (told := _for_the_user(error)) is not None:
+            say(f"error: {told}")
+            return told.exit_code
+        if not debug:
+            say(f"bug: {type(error).__name__}: {error}\n     run again with --debug and report it")
         return 1
     return 0
+
+
+def _for_the_user(error: Exception) -> ToolkitError | None:
+    """Return what the user can mend, None for a bug of ours. torch has no class of its own for memory of the host."""
+    if isinstance(error, ToolkitError):
+        return error
+    refused = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if refused or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return ResourceError(
+            "the system gives this process no more memory; `ulimit -v` shows a limit that may be in the way, and a "
+            "smaller --cpu-memory asks for less"
+        )
+    return None
 
 
 class _Terminated(BaseException):

@@ -1,9 +1,11 @@
 """Runs commands with `faults.c` loaded, each job in a fork of this process: what is imported once serves them all.
 
-A job is a line of JSON on stdin: {"seconds", "here", "steps": [{"module", "argv", "fault", "signal"}]}. Its steps run
-one after another in one process, in this very one if `here`. The answer is a line on stdout: the results of the steps
-that ended, and the status of the process, "hang" if it was not through in time. `fault` is null or [directory, calls,
-at, how, argument], see `faults.c`; `signal` null or [which, seconds]: one that the process sends itself so much later.
+A job is a line of JSON on stdin: {"seconds", "here", "steps": [{"module", "argv", "fault", "signal", "limit"}]}. Its
+steps run one after another in one process, in this very one if `here`. The answer is a line on stdout: the results of
+the steps that ended, and the status of the process, "hang" if it was not through in time. `fault` is null or
+[directory, calls, at, how, argument], see `faults.c`; `signal` null or [which, seconds]: one that the process sends
+itself so much later; `limit` null or [name, value]: one of the system's, in bytes, beyond what is in use for "AS" and
+as it is for "FSIZE"; or, for "DAC", that the modes of files hold for root as well.
 """
 
 import ctypes
@@ -11,12 +13,15 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -95,7 +100,8 @@ def run_step(step: dict[str, Any], faults: Any) -> dict[str, Any]:
         if step["fault"] is not None:
             directory, *numbers = step["fault"]
             faults.fault_arm(directory.encode(), *numbers)
-        code = importlib.import_module(step["module"]).main(step["argv"])
+        with limited(step["limit"]):
+            code = importlib.import_module(step["module"]).main(step["argv"])
         calls = faults.fault_count()
         faults.fault_arm(b"", 0, 0, 0, 0)
         seconds = time.monotonic() - started
@@ -113,6 +119,37 @@ def run_step(step: dict[str, Any], faults: Any) -> dict[str, Any]:
             "left_open": sorted(open_files() - before),
             "memory_bytes": own_memory_bytes(),
         }
+
+
+@contextmanager
+def limited(limit: list[Any] | None) -> Iterator[None]:
+    """Hold the process to a limit meanwhile; "DAC" is for good."""
+    name, value = limit or [None, 0]
+    if name == "DAC":
+        obey_modes()
+    if name in (None, "DAC"):
+        yield
+        return
+    kind = getattr(resource, f"RLIMIT_{name}")
+    soft, hard = resource.getrlimit(kind)
+    if name == "AS":
+        value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(kind, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+def obey_modes() -> None:
+    """Give up what lets root write where modes forbid it: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    version, both = 0x20080522, 0b110
+    header, sets = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, sets) == 0
+    for index in range(3):  # of the first 32 capabilities: effective, permitted, inheritable
+        sets[index] &= ~both
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
 def open_files() -> set[str]:

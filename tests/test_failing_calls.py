@@ -135,7 +135,7 @@ def step(
     module: str, argv: list[str], fault: tuple[Path, int, int, int, int] | None, sent: tuple[int, float] | None
 ) -> Step:
     armed = None if fault is None else [str(fault[0].resolve()), *fault[1:]]
-    return {"module": module, "argv": argv, "fault": armed, "signal": sent}
+    return {"module": module, "argv": argv, "fault": armed, "signal": sent, "limit": None}
 
 
 def quantize(
@@ -348,6 +348,80 @@ def test_streaming_with_a_call_that_fails_gives_right_tokens_or_none(
         assert any(result["code"] for result in found), "no call was failed"
     if (kind, stride) == ("read", 1):  # so the calls that were failed are all of loading and generating
         assert any(result["code"] and result["out"].rstrip("\n") == text for result in found)
+
+
+NO_MORE_MEMORY = "error: the system gives this process no more memory; `ulimit -v` shows a limit"
+MEBIBYTES = (*range(0, 64, 8), *range(64, 320, 32))
+
+
+def test_streaming_under_a_limit_of_address_space_gives_the_text_or_says_so(
+    drivers: Drivers, tiny_checkpoint: Path
+) -> None:
+    (whole,) = drivers.run([stream(tiny_checkpoint)])["steps"]
+
+    def check(mebibytes: int) -> int:
+        limited = {**stream(tiny_checkpoint), "limit": ["AS", mebibytes << 20]}
+        answer = drivers.run([limited, stream(tiny_checkpoint)])
+        assert answer["status"] == 0
+        found, again = answer["steps"]
+        told = f"{mebibytes} MiB: {found['err'][-500:]}"
+        assert found["code"] in (0, 4), told
+        assert found["code"] == 0 or found["err"].splitlines()[-1].startswith(NO_MORE_MEMORY), told
+        assert whole["out"].startswith(found["out"].rstrip("\n")), told
+        assert (again["code"], again["out"]) == (0, whole["out"])
+        assert found["left_open"] == []
+        code: int = found["code"]
+        return code
+
+    assert set(drivers.map(check, MEBIBYTES)) == {0, 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("AS", [mebibytes << 20 for mebibytes in MEBIBYTES[:12]]), ("FSIZE", [4096, 8192, 20_000, 40_000, 1 << 20])],
+    ids=["address space", "size of a file"],
+)
+def test_a_calibration_under_a_limit_of_the_system_is_resumed_without_it(
+    drivers: Drivers, tiny_model: Path, tmp_path: Path, name: str, values: list[int]
+) -> None:
+    drivers.run([quantize("quant.rtn", tiny_model, tmp_path / "whole" / "out")])
+    expected = contents(tmp_path / "whole" / "out")
+
+    def check(value: int) -> int:
+        run = quantize("quant.rtn", tiny_model, tmp_path / str(value) / "out")
+        answer = drivers.run([{**run, "limit": [name, value]}])
+        assert answer["status"] == 0
+        (found,) = answer["steps"]
+        told = f"{value}: {found['err'][-500:]}"
+        assert found["code"] in (0, 4), told
+        assert found["err"].splitlines()[-1].startswith("error: ") == (found["code"] == 4), told
+        assert is_left_well(tmp_path / str(value) / "out", expected), told
+        (again,) = drivers.run([run])["steps"]
+        assert again["code"] == 0, again["err"][-500:]
+        assert contents(tmp_path / str(value) / "out") == expected
+        code: int = found["code"]
+        return code
+
+    assert set(drivers.map(check, values)) == {0, 4}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["inside", "beside"])
+def test_a_directory_that_modes_forbid_is_refused_before_any_work(
+    drivers: Drivers, tiny_model: Path, tmp_path: Path, there: bool
+) -> None:
+    output = tmp_path / "closed" / "out"
+    output.mkdir(parents=True) if there else output.parent.mkdir()
+    closed = output if there else output.parent
+    closed.chmod(0o555)
+    run = {**quantize("quant.rtn", tiny_model, output), "limit": ["DAC", 0]}
+    (found,) = drivers.run([run])["steps"]
+    assert found["code"] == 4, found["err"]
+    assert str(output) in found["err"].splitlines()[-1]
+    assert "layer 1/3" not in found["err"]
+    assert not list(closed.iterdir())
+    closed.chmod(0o755)
+    (again,) = drivers.run([run])["steps"]
+    assert again["code"] == 0
 
 
 def test_a_disk_that_stalls_gives_the_same_text_and_lets_itself_be_interrupted(

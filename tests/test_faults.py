@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from offload.command import Parser
 from offload.errors import CheckpointError, InputError
 from offload.generate import main as generate
 from offload.skeleton import read_config
-from quant import awq, rtn
+from quant import awq, gptq, rtn
 
 ROOT = Path(__file__).parent.parent
 UP = "model.layers.1.mlp.up_proj"
@@ -52,6 +53,18 @@ def test_logits_that_are_no_numbers_end_the_text_and_name_the_layer(
     said = capsys.readouterr()
     assert said.out.strip() == ""
     assert "tokens the model's logits are NaN or infinite; model.layers.1 is the first layer whose" in said.err
+
+
+@pytest.mark.parametrize("method", [awq, gptq])
+def test_samples_that_are_all_the_same_calibrate(tiny_model: Path, tmp_path: Path, method: Any) -> None:
+    text = tmp_path / "same.txt"
+    text.write_text("a" * 1000)
+    output = tmp_path / "out"
+    flags = ["--group-size", "32", "--num-samples", "8", "--seq-len", "32", "--calibration", str(text)]
+    assert method.main(["--model", str(tiny_model), "--output", str(output), *flags]) == 0
+    model = load(output)
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert torch.isfinite(logits).all()
 
 
 def test_two_tensors_of_one_shape_swapped_are_caught(
