@@ -1,4 +1,4 @@
-"""The rows of docs/faults.md that no other test holds, and that the table names tests that exist."""
+"""The rows of docs/faults.md that no other test holds, and that what is promised names tests that exist."""
 
 import json
 import os
@@ -256,11 +256,24 @@ def test_the_table_has_every_row_and_the_tests_it_names_exist() -> None:
     rows = table()
     assert sorted(rows) == list(range(1, NUMBER_OF_ROWS + 1))
     for number, text in rows.items():
-        named = re.findall(r"`(\w+)::(\w+)`", text)
-        assert named or text.startswith(("not tested: ", "does not apply: ")), f"row {number}: {text}"
-        for file, function in named:
-            source = (ROOT / "tests" / f"{file}.py").read_text()
-            assert f"def {function}(" in source, f"row {number}: no {function} in {file}.py"
+        assert named_tests(text) or text.startswith(("not tested: ", "does not apply: ")), f"row {number}: {text}"
+
+
+def named_tests(text: str) -> list[str]:
+    """Return the tests that a cell of a table names; each of them exists."""
+    named = re.findall(r"`(\w+)::(\w+)`", text)
+    for file, function in named:
+        assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"no {function} in {file}.py"
+    return [function for _, function in named]
+
+
+def test_every_promise_names_its_tests_and_they_exist() -> None:
+    promises = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(promises) >= 10
+    assert all(named_tests(line) for line in promises)
+    shown = re.findall(r"`tests/(\w+\.py)`", (ROOT / "README.md").read_text())
+    assert len(shown) > 20
+    assert all((ROOT / "tests" / name).is_file() for name in shown)
 
 
 def test_the_count_above_the_table_is_that_of_its_rows() -> None:
