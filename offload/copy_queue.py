@@ -5,13 +5,13 @@ Those that come from disk first, or through a small pinned buffer where memory c
 thread. In either case what is computed waits for them on the device, and they for what was computed, not the host.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from offload.checkpoint import LayerBlob
-from offload.device import Device, Fence
+from offload.device import Device, Fence, Stamp
 from offload.memory import Arena
 from offload.transfer import Slots
 from offload.transfer_queue import Transfer, TransferQueue
@@ -84,10 +84,11 @@ class CopyQueue(TransferQueue):
     """Copies blobs to the device. To be used from the thread that computes.
 
     sources: who lends each blob, and as which position, by the name of its module. bounce: the way out of arenas that
-    are not pinned.
+    are not pinned. on_copy(blob, started, ended), if set, is told of every copy as it is queued.
     """
 
     def __init__(self, device: Device, sources: Mapping[str, tuple[Lender, int]], bounce: Bounce | None) -> None:
+        self.on_copy: Callable[[LayerBlob, Stamp, Stamp], None] | None = None
         self._device, self._sources, self._bounce = device, sources, bounce
         self._threaded = bounce is not None or any(isinstance(lender, Slots) for lender, _ in sources.values())
         super().__init__("copy-ahead", self._threaded)
@@ -122,7 +123,10 @@ class CopyQueue(TransferQueue):
                 self._device.copies_wait(transfer.after)
             count = transfer.blob.nbytes
             copy = self._device.copy if arena.pinned or self._bounce is None else self._bounce.copy
+            started = None if self.on_copy is None else self._device.stamp_copies()
             copy(transfer.arena.bytes[:count], arena.bytes[:count])
             transfer.ready = self._device.mark_copies()
+            if self.on_copy is not None and started is not None:
+                self.on_copy(transfer.blob, started, self._device.stamp_copies())
         finally:
             lender.release(position)

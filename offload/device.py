@@ -7,7 +7,7 @@ own. Nothing here waits for the device but `Fence.synchronize`, which the token 
 import mmap
 from contextlib import suppress
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ class Fence(Protocol):
 
     def synchronize(self) -> None:
         """Let this thread wait until it is reached."""
+
+
+class Stamp(Protocol):
+    """A moment in a stream, known once the stream has come there."""
+
+    def seconds_after(self, other: Any) -> float:
+        """Return the seconds since another stamp of the same device. Both have been reached."""
 
 
 class Device(Protocol):
@@ -59,6 +66,12 @@ class Device(Protocol):
     def mark_compute(self) -> Fence:
         """Return a fence behind what the caller has queued to be computed."""
 
+    def stamp_copies(self) -> Stamp:
+        """Return the moment at which the copies that are queued are done."""
+
+    def stamp_compute(self) -> Stamp:
+        """Return the moment at which what the caller has queued to be computed is done."""
+
     def copies_wait(self, fence: Fence) -> None:
         """Let copies that are queued from now on begin behind a fence."""
 
@@ -84,6 +97,18 @@ class CudaFence:
     def synchronize(self) -> None:
         """Let this thread wait until it is reached."""
         self.event.synchronize()
+
+
+class CudaStamp:
+    """An event of CUDA that keeps its time."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record(stream)
+
+    def seconds_after(self, other: "CudaStamp") -> float:
+        """Return the seconds since another stamp of the same device. Both have been reached."""
+        return float(other.event.elapsed_time(self.event)) / 1e3
 
 
 class CudaDevice:
@@ -146,6 +171,14 @@ class CudaDevice:
     def mark_compute(self) -> Fence:
         """Return a fence behind what the caller has queued to be computed."""
         return CudaFence(torch.cuda.current_stream(self.torch_device))
+
+    def stamp_copies(self) -> Stamp:
+        """Return the moment at which the copies that are queued are done."""
+        return CudaStamp(self._copies)
+
+    def stamp_compute(self) -> Stamp:
+        """Return the moment at which what the caller has queued to be computed is done."""
+        return CudaStamp(torch.cuda.current_stream(self.torch_device))
 
     def copies_wait(self, fence: Fence) -> None:
         """Let copies that are queued from now on begin behind a fence."""

@@ -152,7 +152,7 @@ def _answer(
             clock.end()
     if trace is not None:
         trace.write(options.trace)
-        say(f"trace    {options.trace}, to be opened in ui.perfetto.dev")
+        say(f"trace    {options.trace}, to be opened in ui.perfetto.dev; {trace.describe_links()}")
     return _report(session, clock, before, len(tokens)), interrupted
 
 
@@ -177,7 +177,7 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
     peak = peak_memory_bytes()
     limit = measure_limit(executor)
-    bound_bytes = disk_bytes if limit.link == "disk" else executor.bytes_per_token
+    bound_bytes = disk_bytes if limit.link == "disk" else limit.bytes_per_token
     return Report(
         text=session.prompts.text(clock.tokens),
         prompt_tokens=prompt_tokens,

@@ -97,8 +97,7 @@ class Meter:
 
     def describe(self, tokens: int, tokens_per_second: float) -> str:
         """Return the line for one sequence at so many tokens a second."""
-        bound = weights = self._executor.bytes_per_token
-        disk = ""
+        weights, bound, disk = self._executor.bytes_per_token, self._limit.bytes_per_token, ""
         if self._limit.link == "disk":
             passes = max(1, len(self._recent) - 1)
             bound = (self._recent[-1][1] - self._recent[0][1]) // passes if self._recent else 0

@@ -7,6 +7,7 @@ copied or computed from are errors, whichever order things happened to take.
 
 import ctypes
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,14 @@ class FakeFence:
             join(self.device.clock_of(thread), self.clock)
 
 
+class FakeStamp:
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def seconds_after(self, other: "FakeStamp") -> float:
+        return self.seconds - other.seconds
+
+
 def join(clock: Clock, other: Clock) -> None:
     for stream, count in other.items():
         clock[stream] = max(clock.get(stream, 0), count)
@@ -69,7 +78,7 @@ class FakeDevice:
         self.fail_at, self.unpinned, self.eager, self.most_mapped = fail_at, unpinned, eager, most_mapped
         self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
         self.lock = threading.RLock()
-        self.allocations = self.copies = self.pins = self.held_bytes = 0
+        self.allocations = self.copies = self.pins = self.held_bytes = self.stamps = 0
         self.limit: int | None = None
         self.regions: list[Region] = []
         self.pinned: dict[int, Region] = {}
@@ -132,6 +141,14 @@ class FakeDevice:
         with self.lock:
             return FakeFence(self, dict(self.clock_of("compute")))
 
+    def stamp_copies(self) -> FakeStamp:
+        self.stamps += 1
+        return FakeStamp()
+
+    def stamp_compute(self) -> FakeStamp:
+        self.stamps += 1
+        return FakeStamp()
+
     def copies_wait(self, fence: FakeFence) -> None:
         with self.lock:
             join(self.clock_of("copy"), fence.clock)
@@ -144,6 +161,8 @@ class FakeDevice:
     def settle(self) -> None:
         with self.lock:
             self.run_copies(1 << 60)
+            for stream in ("copy", "compute"):
+                join(self.clock_of(threading.current_thread().name), self.clock_of(stream))
 
     def kernel_reads(self, tensor: Tensor) -> None:
         with self.lock:

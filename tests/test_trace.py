@@ -1,16 +1,18 @@
 """A trace holds every layer of every pass and every read, in order, in the format that viewers open."""
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from test_device import placed
 
 from offload.errors import ResourceError
 from offload.executor import executor_of, load
 from offload.generate import main
-from offload.trace import Trace
+from offload.trace import Trace, _Event
 
 TOKENS = torch.tensor([[5, 77, 130]])
 
@@ -48,3 +50,43 @@ def test_a_file_that_cannot_be_written_is_said(tiny_checkpoint: Path, tmp_path: 
     trace = Trace(executor_of(load(tiny_checkpoint)))
     with pytest.raises(ResourceError, match=r"--trace .*: cannot be written"):
         trace.write(tmp_path / "missing" / "trace.json")
+
+
+@pytest.mark.parametrize("name", ["staged, 2 slots", "disk into staged, 2 slots", "disk and memory into staged"])
+def test_every_copy_to_a_device_is_there_and_nothing_waits_for_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    passes = 4
+    with placed(monkeypatch, tiny_checkpoint, name, poison=False) as (model, device):
+        trace = Trace(executor_of(model))
+        device.copies, device.waited_in = 0, []
+        with torch.inference_mode():
+            model.generate(TOKENS, max_new_tokens=passes, min_new_tokens=passes, do_sample=False)
+        copies = device.copies
+        assert threading.current_thread().name not in device.waited_in
+        trace.write(tmp_path / "trace.json")
+        described = trace.describe_links()
+    events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    copied = [event for event in events if event["tid"] == 3]
+    assert len(copied) == copies >= passes * 3 - 2  # two may have been queued before the trace began
+    assert {event["name"] for event in copied} == {f"model.layers.{index}" for index in range(3)}
+    assert [event["name"] for event in events if event["tid"] == 1][:4] == [
+        *(f"model.layers.{index}" for index in range(3)),
+        "head",
+    ]
+    assert any(event["tid"] == 2 for event in events) == ("disk" in name)
+    assert "copies to the device busy" in described
+
+
+def test_the_share_of_decoding_in_which_a_link_is_busy(tiny_checkpoint: Path) -> None:
+    """Between the ends of two heads, 10 seconds apart: 1 to 3, 2 to 4 and 9 to 12 are 4 of them."""
+    trace = Trace(executor_of(load(tiny_checkpoint)))
+    assert trace.describe_links() == "no weights moved"
+    blob = executor_of(load(tiny_checkpoint)).blobs[0]
+    began = trace._began
+    for ended in (0.0, 10.0):
+        trace._events.append(_Event("head", 1, began + ended - 1, began + ended))
+    for started, ended in ((1.0, 3.0), (2.0, 4.0), (9.0, 12.0), (-5.0, -1.0)):
+        trace._moved(2, blob, began + started, began + ended)
+    assert trace.busy(2) == pytest.approx(0.4)
+    assert trace.describe_links() == "disk busy 40% of decoding"

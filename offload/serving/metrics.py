@@ -57,7 +57,7 @@ class _RoundsCollector(Collector):
         if self._limit.link == "disk":
             carried = self._per_second(0, 1)
         else:
-            carried = self._per_second(self._executor.bytes_per_token)
+            carried = self._per_second(self._limit.bytes_per_token)
         fraction.add_metric([self._limit.link], carried / self._limit.bytes_per_second)
         yield fraction
 
