@@ -1,0 +1,239 @@
+"""One model whose layers take every tier in turn: how fast it decodes and reads a prompt, and how much of the link.
+
+The same loaded model is rearranged from one tier to the next. Beside each the link that bounds it is measured, and
+accelerate's `cpu_offload` of the same shape in bfloat16 on the same GPU, where both are there.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eval.speed.random_model import SHAPES, ModelShape, write_checkpoint
+from offload.command import Progress, format_bytes, say
+from offload.errors import UsageError
+from offload.executor import executor_of, load, new_cache
+from offload.limit import Limit, measure_limit
+from offload.planning.placement import Placement
+from offload.planning.predict import Tier, Way
+from offload.trace import Trace
+
+_MODELS = Path("checkpoints") / "random"
+_PROMPT_TOKENS = 16
+_PEER_TOKENS = 3
+_SLOTS = 2
+
+TIERS: dict[str, tuple[tuple[Tier, ...], Way]] = {
+    "resident": (("resident",), "host"),
+    "half staged": (("resident", "staged"), "host"),
+    "staged": (("staged",), "host"),
+    "mapped": (("mapped",), "mapped"),
+    "host": (("host",), "host"),
+    "disk to host": (("disk",), "host"),
+    "disk to staged": (("disk",), "staged"),
+}
+"""By name: the tiers that the layers take in turn, and what becomes of those that come from disk."""
+
+WITHOUT_A_DEVICE = ("host", "disk to host")
+
+
+@dataclass(frozen=True, slots=True)
+class TiersReport:
+    """What one run measured, a row a tier and batch."""
+
+    measured: tuple[dict[str, Any], ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return them."""
+        return list(self.measured)
+
+    def table(self) -> str:
+        """Return a line for each."""
+        lines = [
+            f"{'tier':15} {'batch':>5} {'tokens/s':>9} {'over the link':>14} {'link':>14} {'GB/s':>7} {'of it':>6} "
+            f"{'prompt':>9} {'x accelerate':>12}"
+        ]
+        for row in self.measured:
+            prompt = f"{row['prompt_s']:.3f} s" if row["prompt_s"] != "" else ""
+            lines.append(
+                f"{row['tier']:15} {row['batch']:5} {row['tokens_per_s']:9.2f} "
+                f"{format_bytes(row['link_bytes_per_token']):>14} {row['link']:>14} {row['link_gb_per_s']:7.2f} "
+                f"{row['of_link']:6.0%} {prompt:>9} {row['x_accelerate']:>12}"
+            )
+        return "\n".join(lines)
+
+    def draw(self, path: Path) -> None:
+        """Refuse: there is no picture of this subject."""
+        raise UsageError("--picture: only the kernels are drawn")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subject."""
+    add = parser.add_argument
+    add("--shape", default="8b", choices=SHAPES, help="of the random model")
+    add("--tiers", default=",".join(TIERS), help="separated by commas; without a GPU: host, disk to host")
+    add("--batches", default="1,64", help="sequences that decode together, separated by commas")
+    add("--tokens", type=int, default=24, help="to decode for each batch")
+    add("--prompt-tokens", type=int, default=2048, help="of the prompt whose time is taken")
+    add("--models", type=Path, default=_MODELS, help="where the random models are kept")
+    add("--trace", type=Path, metavar="FILE", help="write what the last tier's first batch does as a Perfetto trace")
+
+
+def measure(options: argparse.Namespace) -> TiersReport:
+    """Rearrange one model from tier to tier and time each. Raises UsageError for flags that cannot be meant."""
+    names, batches = options.tiers.split(","), _batches(options.batches)
+    for name in names:
+        if name not in TIERS:
+            raise UsageError(f"--tiers {name!r}: expected some of {', '.join(TIERS)}")
+    model = options.models / f"{options.shape}.int4"
+    write_checkpoint(SHAPES[options.shape], model)
+    on_device = any(name not in WITHOUT_A_DEVICE for name in names)
+    tokens = max(options.prompt_tokens, _PROMPT_TOKENS + options.tokens + 1)
+    loaded = load(
+        model,
+        context_tokens=tokens,
+        batch_size=max(batches),
+        prefill_chunk_tokens=options.prompt_tokens,
+        n_gpu_layers=-1 if on_device else None,
+    )
+    try:
+        rows = _rows(loaded, names, batches, options)
+    finally:
+        executor_of(loaded).close()
+    if on_device and (peer := _accelerate_seconds(SHAPES[options.shape])) is not None:
+        rows = [
+            row | {"x_accelerate": round(peer / row["p50_ms"] * 1e3, 2) if row["batch"] == 1 else ""} for row in rows
+        ]
+    return TiersReport(tuple(rows))
+
+
+def _batches(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batches {text!r}: expected numbers above zero, separated by commas")
+    return [int(part) for part in parts]
+
+
+def arranged(placement: Placement, name: str) -> Placement:
+    """Return a placement whose layers take the tiers of a name in TIERS."""
+    pattern, way = TIERS[name]
+    tiers = tuple(pattern[at % len(pattern)] for at in range(len(placement.tiers)))
+    slots = min(_SLOTS, len(tiers))
+    staged = "staged" in tiers or (way == "staged" and "disk" in tiers)
+    return replace(
+        placement,
+        tiers=tiers,
+        way=way,
+        depth=slots if "disk" in tiers else 0,
+        device_depth=slots if staged else 0,
+    )
+
+
+def _rows(
+    loaded: PreTrainedModel, names: list[str], batches: list[int], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    executor, rows = executor_of(loaded), []
+    progress = Progress("tier", len(names))
+    for name in names:
+        executor.rearrange(arranged(executor.placement, name))
+        prompt_seconds = _prefill(loaded, options.prompt_tokens)
+        for batch in batches:
+            traced = options.trace is not None and name == names[-1] and batch == batches[0]
+            trace = Trace(executor) if traced else None
+            seconds = _decode(loaded, batch, options.tokens)
+            if trace is not None:
+                trace.write(options.trace)
+                say(f"trace of {name}: {trace.describe_links()}")
+            rows.append(
+                _row(name, batch, seconds, measure_limit(executor), prompt_seconds if batch == batches[0] else None)
+            )
+        progress.advance(name)
+    return rows
+
+
+@torch.inference_mode()
+def _prefill(model: PreTrainedModel, tokens: int) -> float:
+    """Return the seconds of a prompt, to the logits of its last token. A first try, which may compile, is not timed."""
+    taken = []
+    for _ in range(2):
+        started = time.perf_counter()
+        _next(model, _prompt(model, 1, tokens), new_cache(model))
+        taken.append(time.perf_counter() - started)
+    return taken[-1]
+
+
+@torch.inference_mode()
+def _decode(model: PreTrainedModel, batch: int, tokens: int) -> list[float]:
+    """Return the seconds of each of `tokens` passes of `batch` sequences, after a short prompt."""
+    cache = new_cache(model)
+    token, seconds = _next(model, _prompt(model, batch, _PROMPT_TOKENS), cache), []
+    for _ in range(tokens):
+        started = time.perf_counter()
+        token = _next(model, token[:, None], cache)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _prompt(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
+    ids = 1 + torch.arange(tokens).remainder(model.config.vocab_size - 1)
+    return ids.expand(batch, -1)
+
+
+def _next(model: PreTrainedModel, ids: Tensor, cache: Any) -> Tensor:
+    """Return the likeliest next token of each sequence, int64 [B], on the host, where whoever generates needs it."""
+    logits = model(ids.to(executor_of(model).device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    likeliest: Tensor = logits[:, -1].argmax(dim=-1).cpu()
+    return likeliest
+
+
+def _row(name: str, batch: int, seconds: list[float], limit: Limit, prompt_seconds: float | None) -> dict[str, Any]:
+    ordered = sorted(seconds)
+    median = statistics.median(ordered)
+    return {
+        "tier": name,
+        "batch": batch,
+        "tokens_per_s": round(batch / median, 3),
+        "p20_ms": round(ordered[len(ordered) // 5] * 1e3, 3),
+        "p50_ms": round(median * 1e3, 3),
+        "p80_ms": round(ordered[len(ordered) * 4 // 5] * 1e3, 3),
+        "link": limit.link,
+        "link_bytes_per_token": limit.bytes_per_token,
+        "link_gb_per_s": round(limit.bytes_per_second / 1e9, 3),
+        "of_link": round(limit.bytes_per_token / limit.bytes_per_second / median, 4),
+        "prompt_s": "" if prompt_seconds is None else round(prompt_seconds, 4),
+        "x_accelerate": "",
+    }
+
+
+def _accelerate_seconds(shape: ModelShape) -> float | None:
+    """Return the seconds of a token under accelerate's `cpu_offload`, bfloat16; None, said, where it cannot be had."""
+    if find_spec("accelerate") is None or not torch.cuda.is_available():
+        say("accelerate: left out, " + ("not installed" if find_spec("accelerate") is None else "no GPU"))
+        return None
+    from accelerate import cpu_offload
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    config = AutoConfig.for_model(**shape.config())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(1e-3)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are numbers, which nothing has filled
+    cpu_offload(model, execution_device=torch.device("cuda", 0))
+    cache, ids = DynamicCache(config=config), torch.ones(1, _PROMPT_TOKENS, dtype=torch.int64, device="cuda")
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(1 + _PEER_TOKENS):
+            started = time.perf_counter()
+            ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=-1)[:, None]
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
