@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def kernel_class() -> str:
-    """Tell whether triton interprets here."""
+    """Let triton's interpreter multiply exactly and round once, and tell whether it interprets here.
+
+    Its own product is numpy's, whose sums depend on the processor and on where in a tile a row lies.
+    """
+    import numpy
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     from kernels.triton_kernels import matmul_kernel
 
+    def exact_dot(builder: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+        product = numpy.matmul(a.data.astype(numpy.float64), b.data.astype(numpy.float64))
+        return TensorHandle(product.astype(total.data.dtype) + total.data, total.dtype.scalar)
+
+    InterpreterBuilder.create_dot = exact_dot
     return type(matmul_kernel).__name__
 
 
