@@ -51,7 +51,7 @@ def _part(address, start, kind: tl.constexpr):
     return tl.multiple_of((address + start).to(tl.pointer_type(kind)), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "N", "tokens", "steps_per_split", "mask_stride_B", "mask_stride_N"])
 def attention_kernel(
     query_BHND,
     addresses,
@@ -162,7 +162,7 @@ def attention_kernel(
     tl.store(logsum_SBNH + place, largest + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "splits"])
 def merge_kernel(part_SRD, logsum_SR, out_RD, R, splits, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr):
     """One of R rows: the splits' means, weighed by their sums, added in order."""
     row = tl.program_id(0).to(tl.int64)
@@ -182,7 +182,7 @@ def merge_kernel(part_SRD, logsum_SR, out_RD, R, splits, VALUE_DIM: tl.constexpr
     tl.store(out_RD + row * VALUE_DIM + d, total.to(out_RD.dtype.element_ty), mask=d < VALUE_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def append_kernel(
     x_BKND,
     offset_KD,

@@ -104,7 +104,7 @@ def _add_product(total, x, packed, offset, scale, BITS: tl.constexpr, SCALE_WEIG
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "steps_per_split"])
 def matmul_kernel(
     x_MK,
     x_sum_MS,
@@ -234,7 +234,7 @@ def dequantize_kernel(
     tl.store(out_NK + n.to(tl.int64) * K + k, values, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "steps"])
 def read_kernel(words, sums_P, size, steps, BLOCK: tl.constexpr):
     """The sum of every P-th block of int32 words, of P programs: a read, and as little else as keeps it one."""
     program = tl.program_id(0).to(tl.int64)

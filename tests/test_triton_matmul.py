@@ -318,16 +318,29 @@ def test_a_fused_kernel_compiles_to_tensor_cores_and_spills_nothing(by_name: dic
     assert compiled.shared_bytes > 0
     assert compiled.loop_instructions is not None
     assert 2 < compiled.loop_instructions <= 4
-    assert compiled.failures(fused=True, gated=True) == []
+    assert compiled.failures(fused=True, most_instructions=4.0) == []
+
+
+def test_decoding_4_bits_has_a_limit_whatever_the_group(by_name: dict[str, Configuration]) -> None:
+    """A step of a group of 32 is half as long as one of 64, and what each step costs weighs more."""
+    limits = {
+        (group, kind): by_name[f"matmul 16x64x128, int4, bf16, group {group}, {kind}"].most_instructions
+        for group in ("row", 128, 64, 32)
+        for kind in ("symmetric", "zero")
+    }
+    assert limits.pop((32, "symmetric")) == 4.3
+    assert limits.pop((32, "zero")) == 5.6
+    assert set(limits.values()) == {4.0}
+    assert by_name["matmul 16x64x128, int8, bf16, group 128, zero"].most_instructions is None
 
 
 def test_machine_code_that_would_run_badly_is_refused(by_name: dict[str, Configuration]) -> None:
     one_warp = dataclasses.replace(by_name["matmul 64x128x128, int4, fp16, group 128, zero"], num_warps=1)
     spilling = compile_one(one_warp, 80)
-    assert spilling.failures(fused=True, gated=False) == [f"{spilling.spilled_bytes} bytes spilled"]
+    assert spilling.failures(fused=True, most_instructions=None) == [f"{spilling.spilled_bytes} bytes spilled"]
     no_product = compile_one(by_name["dequantize, int4, fp16, group 64, zero"], 80)
-    assert no_product.failures(fused=False, gated=False) == []
-    assert no_product.failures(fused=True, gated=False) == ["no tensor-core instruction"]
+    assert no_product.failures(fused=False, most_instructions=None) == []
+    assert no_product.failures(fused=True, most_instructions=None) == ["no tensor-core instruction"]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +366,7 @@ def test_gates_decide_what_the_command_returns(
         one.name, 80, 210, spilled_bytes=0, shared_bytes=99 << 10, tensor_core_instructions=8, loop_instructions=4.0
     )
     result = dataclasses.replace(passing, **changed)
-    assert result.failures(fused=True, gated=True) == failures
+    assert result.failures(fused=True, most_instructions=4.0) == failures
 
     monkeypatch.setattr(kernels.ahead_of_time, "configurations", lambda _: [one])
     monkeypatch.setattr(
