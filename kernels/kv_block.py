@@ -126,14 +126,15 @@ class KVBlocks:
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` blocks."""
-        del self._blocks[count:]
-        del self.addresses[count:]
-        self._device_addresses = None
+        if count < len(self):
+            del self._blocks[count:]
+            del self.addresses[count:]
+            self._device_addresses = None
 
-    def device_addresses(self) -> Tensor:
-        """Return the addresses, int64 [blocks], on the first block's device; copied when one came, went or moved."""
-        if self._device_addresses is None:
-            self._device_addresses = torch.tensor(self.addresses, dtype=torch.int64, device=self[0].memory.device)
+    def device_addresses(self, device: torch.device) -> Tensor:
+        """Return the addresses, int64 [blocks], on a device that reads them; copied when one came, went or moved."""
+        if self._device_addresses is None or self._device_addresses.device != device:
+            self._device_addresses = torch.tensor(self.addresses, dtype=torch.int64, device=device)
         return self._device_addresses
 
     def __reduce__(self) -> tuple[type["KVBlocks"], tuple[BlockShape, tuple[KVBlock, ...]]]:

@@ -70,7 +70,7 @@ def attention_triton(query_BHND: Tensor, context: KVContext, scaling: float, mas
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         attention_kernel[batch * shape.key_heads, splits, triton.cdiv(queries * group, ROWS)](
             query,
-            context.blocks.device_addresses(),
+            context.blocks.device_addresses(query.device),
             seen,
             parts,
             logsums,
@@ -128,7 +128,7 @@ def _append(
         append_kernel[batch * key_heads, count](
             x,
             offset,
-            blocks.device_addresses(),
+            blocks.device_addresses(x.device),
             *x.stride()[:3],
             key_heads,
             start,

@@ -114,3 +114,21 @@ def test_the_reference_is_torchs_attention_and_does_not_see_the_offset(group: in
 def test_parts_that_do_not_fit_are_refused(make: object, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         make()  # type: ignore[operator]
+
+
+def test_addresses_on_a_device_are_copied_when_a_block_came_went_or_moved_and_not_before() -> None:
+    def block() -> KVBlock:
+        return KVBlock(SHAPES[0], torch.empty(SHAPES[0].nbytes, dtype=torch.uint8))
+
+    blocks = KVBlocks(SHAPES[0], [block() for _ in range(3)])
+    there = torch.device("cpu")
+    held = blocks.device_addresses(there)
+    assert held.tolist() == list(blocks.addresses)
+    blocks.truncate(3)  # a token was taken back, no block
+    assert blocks.device_addresses(there) is held
+    blocks.truncate(2)
+    assert blocks.device_addresses(there).tolist() == list(blocks.addresses)
+    elsewhere = blocks.device_addresses(torch.device("meta"))
+    assert elsewhere.device.type == "meta"
+    blocks.place(0, block())
+    assert blocks.device_addresses(there).tolist() == list(blocks.addresses)
