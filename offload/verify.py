@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offload.checkpoint import Checkpoint
+    from offload.device import Device
     from offload.planning.wishes import WishWords
 
 _SLOTS = (1, 2, 3)
@@ -25,17 +26,24 @@ _SLOTS = (1, 2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A placement this machine can offer, in words and as what `load` is asked for."""
+    """A placement this machine can offer, in words and as what `load` is asked for.
+
+    alike: those that are computed by the same kernels, and so to the same bits. arrangement: of the layers once the
+    model is loaded, see `offload.planning.arrangement`; None to leave them.
+    """
 
     name: str
     words: "WishWords"
+    alike: str = "host"
+    arrangement: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a placement did. differs: the first pass whose logits are not the reference's, None if all are."""
+    """What a placement did. reference: the first one alike; differs: the first pass with other logits, None if none."""
 
     placement: str
+    reference: str
     tokens_per_second: float
     differs: str | None
 
@@ -62,10 +70,11 @@ def _command(argv: list[str]) -> None:
     if options.json:
         print(json.dumps({"nbytes": checkpoint.nbytes, "placements": [asdict(outcome) for outcome in outcomes]}))
     bad = [f"{outcome.placement} ({outcome.differs})" for outcome in outcomes if outcome.differs]
+    references = [outcome.reference for outcome in outcomes if outcome.differs]
     if bad:
         raise InputError(
-            f"{options.model}: other logits than {outcomes[0].placement}: {'; '.join(bad)}; no token of these "
-            "placements can be trusted: report it with the output of this command"
+            f"{options.model}: other logits than {', '.join(dict.fromkeys(references))}: {'; '.join(bad)}; no token of "
+            "these placements can be trusted: report it with the output of this command"
         )
 
 
@@ -113,18 +122,43 @@ def offers(checkpoint: "Checkpoint", available_bytes: int) -> list[Offer]:
     return found
 
 
-def _outcomes(options: argparse.Namespace, checkpoint: "Checkpoint") -> list[Outcome]:
-    available = available_bytes()
+def device_offers(checkpoint: "Checkpoint", available_bytes: int, device: "Device") -> list[Offer]:
+    """Return those of a GPU, the reference of each kind first.
+
+    Weights in its memory and weights across the bus are multiplied by different kernels; layers that the host computes
+    for it take those of `offers`.
+    """
+    on_device = checkpoint.nbytes < device.total_bytes - device.used_bytes
+    names = ["resident", "half staged"] if on_device else []
+    names += ["staged"] if checkpoint.nbytes < available_bytes else []
+    names.append("disk to staged")
+    found = [Offer(f"GPU: {name}", {"device_map": "auto"}, "device", name) for name in names]
+    names = (["mapped"] if checkpoint.nbytes < available_bytes else []) + ["disk to mapped"]
+    return found + [Offer(f"GPU: {name}", {"device_map": "auto"}, "mapped", name) for name in names]
+
+
+def _all_offers(checkpoint: "Checkpoint") -> list[Offer]:
+    """Return what is to be tried here, and say what is not."""
+    from offload.device import find_device
+
+    available, device = available_bytes(), find_device()
     tried = offers(checkpoint, available)
     if len(tried) < len(offers(checkpoint, sys.maxsize)):
         need = f"{format_bytes(checkpoint.nbytes)} do not fit into the {format_bytes(available)} that are free"
         say(f"{need}: the reference is {tried[0].name}")
+    if device is None:
+        say("no GPU: its placements are not tried")
+        return tried
+    return tried + device_offers(checkpoint, available, device)
+
+
+def _outcomes(options: argparse.Namespace, checkpoint: "Checkpoint") -> list[Outcome]:
     outcomes: list[Outcome] = []
-    reference: list[Tensor] = []
-    for offer in tried:
+    references: dict[str, tuple[str, list[Tensor]]] = {}
+    for offer in _all_offers(checkpoint):
         logits, tokens_per_second = _logits(options, offer)
-        reference = reference or logits
-        outcome = Outcome(offer.name, tokens_per_second, _difference(reference, logits))
+        reference, expected = references.setdefault(offer.alike, (offer.name, logits))
+        outcome = Outcome(offer.name, reference, tokens_per_second, _difference(expected, logits))
         outcomes.append(outcome)
         if not options.json:
             state = "DIFFERS" if outcome.differs else "ok"
@@ -138,13 +172,17 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
     import torch
 
     from offload.executor import executor_of, load
+    from offload.planning.arrangement import arranged
 
     context = options.prompt_tokens + options.new_tokens
     mode: Any = "exact" if options.exact else "fast"
     model = load(options.model, context_tokens=context, mode=mode, poison=True, **offer.words)
+    executor = executor_of(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.randint(vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     try:
+        if offer.arrangement is not None:
+            executor.rearrange(arranged(executor.placement, offer.arrangement))
         with torch.inference_mode():
             output = model(tokens[:, : options.prompt_tokens], use_cache=True)
             logits, started = [output.logits], time.perf_counter()
@@ -153,8 +191,8 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
                 logits.append(output.logits)
             elapsed = time.perf_counter() - started
     finally:
-        executor_of(model).close()
-        del model
+        executor.close()
+        del model, executor
         gc.collect()  # a model is full of circles, and the next one needs its memory
     return logits, options.new_tokens / elapsed
 

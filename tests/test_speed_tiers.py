@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from eval.speed import tiers
 from eval.speed.__main__ import main
 from eval.speed.random_model import SHAPES, write_checkpoint
-from eval.speed.tiers import TIERS, _next, _prompt, arranged
+from eval.speed.tiers import _next, _prompt
 from offload.executor import executor_of, load, new_cache
+from offload.planning.arrangement import ARRANGEMENTS, arranged
 
 FLAGS = ["--shape", "tiny", "--batches", "1,3", "--tokens", "2", "--prompt-tokens", "20"]
 
@@ -29,11 +30,11 @@ def test_every_tier_of_a_device_has_its_link(
     assert "accelerate: left out" in capsys.readouterr().err
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["tier"], row["batch"]) for row in rows] == [(name, batch) for name in TIERS for batch in "13"]
+    assert [(row["tier"], row["batch"]) for row in rows] == [(name, batch) for name in ARRANGEMENTS for batch in "13"]
     links = {row["tier"]: row["link"] for row in rows}
     assert links == {
         **{"resident": "device memory", "half staged": "bus", "staged": "bus", "mapped": "bus", "host": "memory"},
-        **{"disk to host": "disk", "disk to staged": "disk"},
+        **{"disk to host": "disk", "disk to staged": "disk", "disk to mapped": "disk"},
     }
     bytes_per_token = {row["tier"]: int(row["link_bytes_per_token"]) for row in rows}
     assert bytes_per_token["staged"] == 2 * bytes_per_token["half staged"] == bytes_per_token["disk to staged"]
@@ -59,7 +60,7 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(ids).logits
 
 
-@pytest.mark.parametrize("name", TIERS)
+@pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_a_tier_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     write_checkpoint(SHAPES["tiny"], tmp_path / "model")
     with fake_gpu(monkeypatch):

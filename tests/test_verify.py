@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_device import FakeDevice, fake_gpu
 
 from offload.checkpoint import Checkpoint
 from offload.transfer import Slots
@@ -18,6 +19,7 @@ def test_a_good_checkpoint(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[
     assert main(["--model", str(tiny_checkpoint), *FLAGS]) == 0
     output = capsys.readouterr()
     assert "checksums 5/5" in output.err
+    assert "no GPU: its placements are not tried" in output.err
     lines = [line.split("  ") for line in output.out.splitlines()]
     assert [line[0].strip() for line in lines] == ["ok"] * 5
     names = [next(part for part in line[1:] if part.strip()).strip() for line in lines]
@@ -97,6 +99,49 @@ def test_a_model_larger_than_memory_is_compared_with_itself_streamed(
     output = capsys.readouterr()
     assert "do not fit into the 1000 B that are free: the reference is all layers on disk, 1 slot" in output.err
     assert len(output.out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "names"),
+    [
+        (1 << 30, ["resident", "half staged", "staged", "disk to staged", "mapped", "disk to mapped"]),
+        (9 << 30, ["staged", "disk to staged", "mapped", "disk to mapped"]),
+    ],
+)
+def test_every_placement_of_a_gpu_is_compared(
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nbytes: int,
+    names: list[str],
+) -> None:
+    """On a device that is faked, of 8 GiB, which a checkpoint may not fit."""
+    monkeypatch.setattr("offload.verify.available_bytes", lambda: 10 << 30)
+    monkeypatch.setattr(Checkpoint, "nbytes", property(lambda checkpoint: nbytes))
+    with fake_gpu(monkeypatch) as device:
+        monkeypatch.setattr("offload.device.find_device", lambda: device)
+        assert main(["--model", str(tiny_checkpoint), *FLAGS, "--json"]) == 0
+    placements = json.loads(capsys.readouterr().out)["placements"]
+    of_device = [one for one in placements if one["placement"].startswith("GPU: ")]
+    assert [one["placement"] for one in of_device] == [f"GPU: {name}" for name in names]
+    first = f"GPU: {names[0]}"
+    assert [one["reference"] for one in of_device] == [first] * (len(names) - 2) + ["GPU: mapped"] * 2
+    assert [one["differs"] for one in placements] == [None] * len(placements)
+
+
+def test_a_copy_that_goes_wrong_is_found(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = FakeDevice.copy
+
+    def short(device: FakeDevice, target: Any, source: Any) -> None:
+        copy(device, target[target.nbytes // 2 :], source[source.nbytes // 2 :])
+
+    monkeypatch.setattr(FakeDevice, "copy", short)
+    with fake_gpu(monkeypatch) as device:
+        monkeypatch.setattr("offload.device.find_device", lambda: device)
+        assert main(["--model", str(tiny_checkpoint), *FLAGS]) == 3
+    assert "other logits than GPU: resident: GPU: half staged (in the prompt); GPU: staged" in capsys.readouterr().err
 
 
 def test_offers_of_a_single_layer() -> None:

@@ -7,7 +7,7 @@ accelerate's `cpu_offload` of the same shape in bfloat16 on the same GPU, where 
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,12 @@ from offload.command import Progress, format_bytes, say
 from offload.errors import UsageError
 from offload.executor import executor_of, load, new_cache
 from offload.limit import Limit, measure_limit
-from offload.planning.placement import Placement
-from offload.planning.predict import Tier, Way
+from offload.planning.arrangement import ARRANGEMENTS, WITHOUT_A_DEVICE, arranged
 from offload.trace import Trace
 
 _MODELS = Path("checkpoints") / "random"
 _PROMPT_TOKENS = 16
 _PEER_TOKENS = 3
-_SLOTS = 2
-
-TIERS: dict[str, tuple[tuple[Tier, ...], Way]] = {
-    "resident": (("resident",), "host"),
-    "half staged": (("resident", "staged"), "host"),
-    "staged": (("staged",), "host"),
-    "mapped": (("mapped",), "mapped"),
-    "host": (("host",), "host"),
-    "disk to host": (("disk",), "host"),
-    "disk to staged": (("disk",), "staged"),
-}
-"""By name: the tiers that the layers take in turn, and what becomes of those that come from disk."""
-
-WITHOUT_A_DEVICE = ("host", "disk to host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subject."""
     add = parser.add_argument
     add("--shape", default="8b", choices=SHAPES, help="of the random model")
-    add("--tiers", default=",".join(TIERS), help="separated by commas; without a GPU: host, disk to host")
+    add("--tiers", default=",".join(ARRANGEMENTS), help="separated by commas; without a GPU: host, disk to host")
     add("--batches", default="1,64", help="sequences that decode together, separated by commas")
     add("--tokens", type=int, default=24, help="to decode for each batch")
     add("--prompt-tokens", type=int, default=2048, help="of the prompt whose time is taken")
@@ -90,8 +75,8 @@ def measure(options: argparse.Namespace) -> TiersReport:
     """Rearrange one model from tier to tier and time each. Raises UsageError for flags that cannot be meant."""
     names, batches = options.tiers.split(","), _batches(options.batches)
     for name in names:
-        if name not in TIERS:
-            raise UsageError(f"--tiers {name!r}: expected some of {', '.join(TIERS)}")
+        if name not in ARRANGEMENTS:
+            raise UsageError(f"--tiers {name!r}: expected some of {', '.join(ARRANGEMENTS)}")
     model = options.models / f"{options.shape}.int4"
     write_checkpoint(SHAPES[options.shape], model)
     on_device = any(name not in WITHOUT_A_DEVICE for name in names)
@@ -119,21 +104,6 @@ def _batches(text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"--batches {text!r}: expected numbers above zero, separated by commas")
     return [int(part) for part in parts]
-
-
-def arranged(placement: Placement, name: str) -> Placement:
-    """Return a placement whose layers take the tiers of a name in TIERS."""
-    pattern, way = TIERS[name]
-    tiers = tuple(pattern[at % len(pattern)] for at in range(len(placement.tiers)))
-    slots = min(_SLOTS, len(tiers))
-    staged = "staged" in tiers or (way == "staged" and "disk" in tiers)
-    return replace(
-        placement,
-        tiers=tiers,
-        way=way,
-        depth=slots if "disk" in tiers else 0,
-        device_depth=slots if staged else 0,
-    )
 
 
 def _rows(
