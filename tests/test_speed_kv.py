@@ -39,11 +39,25 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
+@pytest.mark.gpu
+def test_rows_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kv", "--device", "cuda", "--contexts", "2000", "--rounds", "2", "--json"]) == 0
+    rows = {row["contender"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"int8", "bf16 sdpa", "bf16 in place"} <= set(rows)
+    assert all(row["device"] == "cuda" for row in rows.values())
+    assert 0 < rows["int8"]["of_read"] < 1.5
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--contexts", "0"], "--contexts '0': expected numbers above zero, separated by commas"),
         (["--heads", "5"], "--heads 5: not a multiple of --key-heads 8"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: torch finds no CUDA device; leave it out to measure the CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_refusals(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,12 +64,12 @@ class Contenders:
     def time(self, steps: Mapping[str, Step], m: int, rounds: int, sample_seconds: float) -> dict[str, Samples]:
         """Time the steps in turn, each from a graph of as many calls as outweigh its launch."""
         calls = _CALLS if m <= _LAUNCH_BOUND_BATCH else _CALLS_OF_LARGE
-        graphs = {name: _captured(step, calls) for name, step in steps.items()}
+        graphs = {name: captured(step, calls) for name, step in steps.items()}
         times = paired(graphs, rounds, sample_seconds, torch.cuda.synchronize)
         return {name: Samples(tuple(seconds / calls for seconds in time.seconds)) for name, time in times.items()}
 
 
-def _captured(step: Step, calls: int) -> Step:
+def captured(step: Step, calls: int) -> Step:
     """Return the replay of a graph of that many calls. What is compiled or tuned at a first call is so before it."""
     step(0)
     torch.cuda.synchronize()

@@ -7,7 +7,7 @@ through layers that together outgrow the caches. Beside them a loop reads the by
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from eval.speed.timing import Samples, Step, copies_in, paired
 from kernels.cpu_matmul import read_seconds
 from offload.cache import Int8Layer, int8_attention
-from offload.command import Progress
+from offload.command import Progress, say
 from offload.errors import ResourceError, UsageError
 
 _POOL_BYTES = 384 << 20
@@ -30,6 +30,7 @@ _SAMPLE_SECONDS = 0.1
 _QUANTIZED = {"hqq int8": "hqq", "quanto int4": "quanto"}
 """Transformers' own; quanto has no 8 bits there."""
 
+_CALLS = 16
 _MOST_QUANTIZED = 4
 """Layers of theirs: each takes seconds to fill, and dequantises far more than the caches hold at every step."""
 
@@ -38,24 +39,26 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One layer's attention, of one sequence."""
+    """One layer's attention, of one sequence, on a device."""
 
     heads: int
     key_heads: int
     head_dim: int
     context: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def token(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return a query, a key and a value of a token, bfloat16 [1, heads, 1, head_dim]."""
         query, key, value = (
-            torch.randn(1, heads, 1, self.head_dim, dtype=torch.bfloat16)
+            torch.randn(1, heads, 1, self.head_dim, dtype=torch.bfloat16, device=self.device)
             for heads in (self.heads, self.key_heads, self.key_heads)
         )
         return query, key, value
 
     def past(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the context, bfloat16 [1, key_heads, context, head_dim]."""
-        past = torch.randn(2, 1, self.key_heads, self.context, self.head_dim, dtype=torch.bfloat16)
+        size = (2, 1, self.key_heads, self.context, self.head_dim)
+        past = torch.randn(size, dtype=torch.bfloat16, device=self.device)
         return past[0], past[1]
 
 
@@ -91,6 +94,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=int, default=32, help="of the queries")
     add("--key-heads", type=int, default=8, help="of keys and values")
     add("--head-dim", type=int, default=128, help="elements of a head")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where keys, values and attention are")
     add("--rounds", type=int, default=11, help="samples of each contender")
 
 
@@ -101,7 +105,10 @@ def measure(options: argparse.Namespace) -> KVReport:
         raise UsageError(f"--contexts {options.contexts!r}: expected numbers above zero, separated by commas")
     if options.heads % options.key_heads:
         raise UsageError(f"--heads {options.heads}: not a multiple of --key-heads {options.key_heads}")
-    shapes = [Shape(options.heads, options.key_heads, options.head_dim, int(part)) for part in parts]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device; leave it out to measure the CPU")
+    device = torch.device(options.device)
+    shapes = [Shape(options.heads, options.key_heads, options.head_dim, int(part), device) for part in parts]
     progress = Progress("context", len(shapes))
     rows: list[dict[str, Any]] = []
     for shape in shapes:
@@ -114,10 +121,12 @@ def _rows(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
     past = shape.past()
     found = dict(contenders(shape, past, shape.token(), copies_in(_POOL_BYTES, past[0].nbytes + past[1].nbytes)))
     read_bytes = found["int8"].bytes_per_token * shape.context
-    pieces = torch.ones(max(_POOL_BYTES, 2 * read_bytes), dtype=torch.uint8).split(read_bytes)[:-1]
+    pool = torch.ones(max(_POOL_BYTES, 2 * read_bytes), dtype=torch.uint8, device=shape.device)
+    pieces = pool.split(read_bytes // 4 * 4)[:-1]
     steps: dict[str, Step] = {name: contender.step for name, contender in found.items()}
+    steps["read"] = lambda i: _read(pieces[i % len(pieces)])
     with torch.inference_mode():
-        times = paired(steps | {"read": lambda i: read_seconds(pieces[i % len(pieces)])}, rounds, _SAMPLE_SECONDS)
+        times = _on_device(steps, rounds) if pool.is_cuda else paired(steps, rounds, _SAMPLE_SECONDS)
     limit = times.pop("read")
     for name, time in times.items():
         per_token = found[name].bytes_per_token
@@ -132,7 +141,30 @@ def _rows(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
             "read_gb_per_s": round(read_bytes / limit.median / 1e9, 2),
             "of_read": round(_share(time, limit, per_token, read_bytes / shape.context), 3) if per_token else "",
             "x_int8": round(time.speedup_over(times["int8"]), 2),
+            **({"device": "cuda"} if pool.is_cuda else {}),
         }
+
+
+def _on_device(steps: dict[str, Step], rounds: int) -> dict[str, Samples]:
+    """Time steps from graphs of several calls; one of which none can be made is left out, and said."""
+    from eval.speed.cuda import captured  # needs triton, which a machine without a GPU may lack
+
+    graphs = {}
+    for name, step in steps.items():
+        try:
+            graphs[name] = captured(step, _CALLS)
+        except RuntimeError as error:
+            say(f"{name}: left out, no graph of it ({str(error).splitlines()[0]})")
+    times = paired(graphs, rounds, _SAMPLE_SECONDS, torch.cuda.synchronize)
+    return {name: Samples(tuple(seconds / _CALLS for seconds in time.seconds)) for name, time in times.items()}
+
+
+def _read(piece: Tensor) -> object:
+    if not piece.is_cuda:
+        return read_seconds(piece)
+    from kernels.triton_matmul import read_sums  # needs triton, which a machine without a GPU may lack
+
+    return read_sums(piece, piece.device)
 
 
 def _share(time: Samples, limit: Samples, per_token: float, read_per_token: float) -> float:
