@@ -20,9 +20,14 @@ CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and the dog, be
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run what measures the real model")
+    parser.addoption("--shard", metavar="I/N", help="of the tests that are chosen, every N-th from the I-th, from 0")
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--shard"):
+        index, count = map(int, config.getoption("--shard").split("/"))
+        items[:] = items[index::count]
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="measures the real model: --run-slow"))
