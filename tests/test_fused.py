@@ -277,12 +277,22 @@ def int8_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_steps_over_int8_keys_compute_what_the_modules_do(
     family: str, tiny_model: Path, tmp_path: Path, int8_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Up to what the last bits of float32 do to the modules themselves: a key beside the middle takes another code."""
     directory = checkpoint_of(family, tmp_path, tiny_model, **FAMILIES[family])
     words: dict[str, Any] = {"dtype": torch.float32, "mode": "exact", "kv": "int8"}
     found = decode_int8(load(directory, **words))
     assert int8_steps == [tokens for tokens in range(7, 76) for _ in range(3)]
-    expected = decode_int8(through_modules(monkeypatch, directory, **words))
-    assert (found - expected).norm() <= 1e-3 * expected.norm()
+    model = through_modules(monkeypatch, directory, **words)
+    expected = decode_int8(model)
+    model.get_input_embeddings().register_forward_hook(shaken)
+    noise = max(float((decode_int8(model) - expected).norm()) for _ in range(3))
+    assert noise < 0.01 * expected.norm()
+    assert (found - expected).norm() <= max(2 * noise, 1e-3 * float(expected.norm()))
+
+
+def shaken(module: Any, arguments: Any, hidden: Tensor) -> Tensor:
+    """Change every number by its last bits in float32."""
+    return hidden * (1 + 2e-7 * torch.randn_like(hidden))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
