@@ -104,7 +104,7 @@ def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
 
     trim_memory()
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    prompts = Prompts(opened(options.model))
+    prompts = Prompts(opened(options.model, plain=True))
     session = Session(prompts, min(options.context, prompts.longest_tokens), words)
     say(describe(session.executor.placement))
     if not prompts.has_template:

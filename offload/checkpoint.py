@@ -31,6 +31,9 @@ SENSITIVITY_NAME = "sensitivity.json"
 PAYLOAD_ALIGNMENT = 4096
 """Payloads start on a multiple of this, so that they can be read past the page cache."""
 
+PLAIN = "plain"
+"""Method of a recipe that quantizes nothing: bits and groups say nothing then."""
+
 WIDE_BITS = 8
 """Of the modules that a recipe of 4 bits leaves wider."""
 
@@ -100,11 +103,13 @@ class Recipe:
         """Return the bits of a quantized module's weight."""
         return WIDE_BITS if module in self.wide else self.bits
 
-    def quantization_config(self) -> dict[str, Any]:
-        """Return config.json's `quantization_config`, in compressed-tensors' words.
+    def quantization_config(self) -> dict[str, Any] | None:
+        """Return config.json's `quantization_config`, in compressed-tensors' words, None where nothing is quantized.
 
         Inputs in an order of their own are more than they can say: then the method is one that others refuse.
         """
+        if self.method == PLAIN:
+            return None
         weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
         if self.group_size is None:
             weights["strategy"] = "channel"

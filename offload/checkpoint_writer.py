@@ -87,7 +87,8 @@ class CheckpointWriter:
         write_durably(self._partial / MANIFEST_NAME, manifest)
         for name, content in extra_files.items():
             write_durably(self.directory / name, content)
-        config = {**config, "quantization_config": self.recipe.quantization_config()}
+        if (quantization := self.recipe.quantization_config()) is not None:
+            config = {**config, "quantization_config": quantization}
         write_durably(self.directory / CONFIG_NAME, _json_bytes(config))
         weight_map = {name: record["file"] for record in records for name in record["xxh3"]}
         total_bytes = sum(spec.nbytes for r in records for spec in read_header(self.directory / r["file"])[1].values())

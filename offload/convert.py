@@ -1,4 +1,4 @@
-"""Checkpoints of other tools, re-laid as this toolkit's: once, layer by layer, into a cache to be seen and cleared.
+"""Checkpoints of other tools, and plain models, re-laid as ours: once, by layers, into a cache to see and to clear.
 
 A directory or GGUF file that is named to a command is opened by `opened`: ours as it is, another tool's as its re-laid
 copy, which is made the first time, and made anew when a file of the original has changed.
@@ -21,6 +21,7 @@ from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, format_bytes, say
 from offload.convert_gguf import convert_gguf, gguf_identity
+from offload.convert_plain import convert_plain, is_plain
 from offload.errors import CheckpointError, InputError
 from offload.files import read_json
 from offload.foreign import Foreign, foreign_format
@@ -31,27 +32,34 @@ from offload.source import cache_directory, files_around
 from offload.source_weights import SourceWeights
 
 
-def opened(directory: Path) -> Path:
+def opened(directory: Path, plain: bool = False) -> Path:
     """Return the directory to read: itself, or the re-laid copy of another tool's checkpoint, made now if need be.
 
-    Raises InputError or CheckpointError for one that cannot be re-laid exactly.
+    plain: re-lay a model that nobody quantized as well. Raises InputError or CheckpointError for one that cannot be
+    re-laid exactly.
     """
     file = gguf_path(directory)
     found = None if file is not None else foreign_format(directory)
-    if file is None and found is None:
+    unquantized = plain and file is None and found is None and is_plain(directory)
+    if file is None and found is None and not unquantized:
         return directory
-    identity = _identity(directory) if file is None else gguf_identity(file)
+    identity = identity_of(directory) if file is None else gguf_identity(file)
     copy = _copies() / f"{(file or directory).resolve().name}-{identity}"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with (copy.parent / f".{copy.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process that is at it is waited for
         if not (copy / MANIFEST_NAME).exists():
-            kind = "gguf" if found is None else found.kind
-            say(f"{directory}: of {kind}, re-laid once into {copy}; `python -m quant.convert --clear` removes it")
+            kind = "a plain model" if unquantized else f"of {'gguf' if found is None else found.kind}"
+            say(f"{directory}: {kind}, re-laid once into {copy}; `python -m quant.convert --clear` removes it")
             if found is not None:
                 convert(directory, copy, found)
             elif file is not None:
                 convert_gguf(file, copy)
+            else:
+                say(
+                    f"its weights stay what they are; `python -m quant.awq --model {directory}` makes a quarter of them"
+                )
+                convert_plain(directory, copy, identity)
     return copy
 
 
@@ -135,7 +143,7 @@ def _recipe(directory: Path, found: Foreign, model: nn.Module, packed: list[str]
         symmetric=found.symmetric,
         ignore=tuple(name for name in linears if name not in packed),
         source=str(directory.resolve()),
-        source_xxh3=_identity(directory),
+        source_xxh3=identity_of(directory),
         seed=0,
         settings={"from": found.kind} | ({"reordered": True} if reordered else {}),
         versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -173,7 +181,7 @@ def _without_empty_biases(directory: Path, model: nn.Module, source: SourceWeigh
     return replace(source, locations={name: at for name, at in source.locations.items() if name not in names})
 
 
-def _identity(directory: Path) -> str:
+def identity_of(directory: Path) -> str:
     """Return what changes with the files of a directory: their names, sizes, times, and the configuration."""
     digest = xxhash.xxh3_64((directory / CONFIG_NAME).read_bytes())
     for path in sorted(directory.glob("*.safetensors")):

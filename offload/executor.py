@@ -62,7 +62,7 @@ def load(
     """
     wishes = Wishes.of(words)
     device = wished_device(wishes)
-    checkpoint = Checkpoint.open(opened(Path(directory)))
+    checkpoint = Checkpoint.open(opened(Path(directory), plain=True))
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
     checkpoint = checkpoint_in_model(checkpoint, model)

@@ -119,7 +119,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
     from offload.session import Prompts, Session
 
     trim_memory()
-    prompts = Prompts(opened(options.model))
+    prompts = Prompts(opened(options.model, plain=True))
     tokens = _encode(prompts, prompt, options)
     context = min(options.context or len(tokens) + options.max_new_tokens, prompts.longest_tokens)
     if len(tokens) + 1 > context:

@@ -61,7 +61,7 @@ def _command(argv: list[str]) -> None:
         raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
     from offload.convert import opened
 
-    options.model = opened(options.model)
+    options.model = opened(options.model, plain=True)
     subject = _subject(options, wishes)
     hypothetical = None if options.machine is None else f"{options.machine} ({subject.machine.description})"
     runs = not (options.no_confirm or hypothetical or subject.wishes.gpu_word)

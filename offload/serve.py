@@ -100,7 +100,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     from offload.session import Prompts, Session
 
     trim_memory()
-    prompts = Prompts(opened(options.model))
+    prompts = Prompts(opened(options.model, plain=True))
     context = min(options.context, prompts.longest_tokens)
     if context < options.context:
         say(f"context  {context} tokens, all that this model takes")

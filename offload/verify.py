@@ -63,7 +63,7 @@ def _command(argv: list[str]) -> None:
     from offload.checkpoint import Checkpoint
     from offload.convert import opened
 
-    options.model = opened(options.model)
+    options.model = opened(options.model, plain=True)
     checkpoint = Checkpoint.open(options.model)
     check_sums(checkpoint)
     outcomes = _outcomes(options, checkpoint)

@@ -1,4 +1,4 @@
-"""Re-lay another tool's checkpoint as this toolkit's, code by code. `python -m quant.convert --model DIR`"""
+"""Re-lay another tool's checkpoint, or a plain model, as this toolkit's. `python -m quant.convert --model DIR`"""
 
 import argparse
 import json
@@ -20,8 +20,9 @@ def _command(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.output is not None and options.model is None:
         raise UsageError(f"--output {options.output}: name the --model that goes there")
-    from offload.convert import clear, convert, describe_copies, opened, require_format
+    from offload.convert import clear, convert, describe_copies, identity_of, opened, require_format
     from offload.convert_gguf import convert_gguf
+    from offload.convert_plain import convert_plain, is_plain
     from offload.gguf_file import gguf_path
 
     if options.list:
@@ -32,14 +33,17 @@ def _command(argv: list[str]) -> None:
         return
     file, started = gguf_path(Path(options.model)), time.monotonic()
     model = file or resolve_model(options.model)
-    found = None if file else require_format(model)
+    plain = file is None and is_plain(model)
+    found = None if file or plain else require_format(model)
     if options.output is None:
-        output = opened(model)
+        output = opened(model, plain=True)
+    elif plain:
+        output = convert_plain(model, options.output, identity_of(model), options.overwrite).directory
     elif found is None:
         output = convert_gguf(model, options.output, options.overwrite).directory
     else:
         output = convert(model, options.output, found, options.overwrite).directory
-    seconds, kind = time.monotonic() - started, "gguf" if found is None else found.kind
+    seconds, kind = time.monotonic() - started, "plain" if plain else "gguf" if found is None else found.kind
     if options.json:
         print(json.dumps({"model": str(model), "format": kind, "output": str(output), "seconds": seconds}))
     else:
@@ -48,7 +52,7 @@ def _command(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("quant.convert", "Re-lay a checkpoint of AWQ, GPTQ, compressed-tensors or GGUF.")
+    parser = Parser("quant.convert", "Re-lay a checkpoint of AWQ, GPTQ, compressed-tensors or GGUF, or a plain model.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-m", "--model", help="directory, .gguf file or hub id")
     what.add_argument("--list", action="store_true", help="list what was converted into the cache")
