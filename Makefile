@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python -m eval.compare $(DEFAULT)-rtn-int4-g64 $(DEFAULT)-awq-int4-g64 --limit-windows 8
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
