@@ -91,6 +91,11 @@ class Shelf:
         self._free: deque[int] = deque()
         self._held: dict[tuple[int, int], _Held] = {}
 
+    @property
+    def blobs(self) -> list[LayerBlob]:
+        """The chunks in the file, in the order in which a pass reads them."""
+        return [blob for of_layer in self._stored for blob in of_layer]
+
     def resident(self, shape: BlockShape) -> int:
         """Return how many chunks of each layer stay in memory. Raises ResourceError, see `resident_chunks`."""
         return resident_chunks(self.budget_bytes, self.layers, CHUNK_BLOCKS * shape.nbytes)

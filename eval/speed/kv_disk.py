@@ -1,0 +1,138 @@
+"""Attention over int8 keys and values that lie on disk: a token of several layers, against the disk and against memory.
+
+Chunks are read ahead on the queue that streams weights, from the first layer's to the last one's and around to the
+next token. Beside each round the same file is read chunk by chunk by a loop that does nothing else, and the same
+attention is timed over blocks that are whole in memory: what is slower of the two bounds it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eval.speed.kv import Shape
+from offload.cache import Int8Layer, int8_attention
+from offload.command import Progress, format_bytes
+from offload.errors import UsageError
+from offload.kv_shelf import Shelf
+from offload.memory import Arena, FileReader
+from offload.read_queue import ReadQueue, read_blob
+from offload.shelved_layer import ShelvedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class KVDiskReport:
+    """What one run measured, one row."""
+
+    row: dict[str, Any]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return it."""
+        return [self.row]
+
+    def table(self) -> str:
+        """Return it as lines."""
+        row = self.row
+        return (
+            f"{row['layers']} layers, {row['context']} tokens, {format_bytes(row['disk_bytes_per_token'])} from disk a "
+            f"token{'' if row['direct'] else ' (through the page cache)'}\n"
+            f"from disk   {row['disk_ms']:8.2f} ms, {row['gb_per_s']:.2f} GB/s: {row['of_disk']:.0%} of the disk's "
+            f"{row['disk_gb_per_s']:.2f}\n"
+            f"in memory   {row['memory_ms']:8.2f} ms, {row['of_memory']:.0%} of the time from disk"
+        )
+
+    def draw(self, path: Path) -> None:
+        """Refuse: the table says it all. Raises UsageError."""
+        raise UsageError(f"--picture {path}: there is none of this subject")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subject."""
+    add = parser.add_argument
+    add("--context", type=int, default=8200, help="tokens before the one that is decoded")
+    add("--layers", type=int, default=8, help="that share the file")
+    add("--heads", type=int, default=32, help="of the queries")
+    add("--key-heads", type=int, default=8, help="of keys and values")
+    add("--head-dim", type=int, default=128, help="elements of a head")
+    add("--tokens", type=int, default=8, help="steps of a round")
+    add("--rounds", type=int, default=7, help="rounds of each")
+
+
+def measure(options: argparse.Namespace) -> KVDiskReport:
+    """Time all three in turn. Raises UsageError for a context of which nothing would lie on disk."""
+    shape = Shape(options.heads, options.key_heads, options.head_dim, options.context)
+    reader = FileReader()
+    queue = ReadQueue(reader, None)
+    try:
+        shelf = Shelf(queue, 0, options.layers)
+        on_disk = [ShelvedLayer(index, shelf) for index in range(options.layers)]
+        in_memory = [Int8Layer(direct=True) for _ in range(options.layers)]
+        for layer in (*on_disk, *in_memory):
+            layer.update(*shape.past())
+        if not shelf.blobs:
+            raise UsageError(f"--context {options.context}: all of it stays in memory; give a longer one")
+        return KVDiskReport(_row(options, shape, on_disk, in_memory, shelf, reader))
+    finally:
+        queue.close()
+        reader.close()
+
+
+def _row(
+    options: argparse.Namespace,
+    shape: Shape,
+    on_disk: Sequence[Int8Layer],
+    in_memory: Sequence[Int8Layer],
+    shelf: Shelf,
+    reader: FileReader,
+) -> dict[str, Any]:
+    disk, memory, reads, read = [], [], [], 0
+    progress = Progress("round", options.rounds)
+    _steps(shape, on_disk, 1)
+    for _ in range(options.rounds):
+        before = shelf.queue.bytes_read
+        disk.append(_steps(shape, on_disk, options.tokens))
+        read = (shelf.queue.bytes_read - before) // options.tokens
+        memory.append(_steps(shape, in_memory, options.tokens))
+        reads.append(_read_rate(shelf, reader))
+        progress.advance()
+    carried = [read / seconds for seconds in disk]
+    return {
+        **{"layers": options.layers, "heads": shape.heads, "key_heads": shape.key_heads, "head_dim": shape.head_dim},
+        "context": shape.context,
+        "disk_bytes_per_token": read,
+        "direct": reader.direct,
+        "disk_ms": round(statistics.median(disk) * 1e3, 3),
+        "gb_per_s": round(statistics.median(carried) / 1e9, 3),
+        "disk_gb_per_s": round(statistics.median(reads) / 1e9, 3),
+        "of_disk": round(statistics.median(a / b for a, b in zip(carried, reads, strict=True)), 3),
+        "memory_ms": round(statistics.median(memory) * 1e3, 3),
+        "of_memory": round(statistics.median(a / b for a, b in zip(memory, disk, strict=True)), 3),
+    }
+
+
+@torch.inference_mode()
+def _steps(shape: Shape, layers: Sequence[Int8Layer], count: int) -> float:
+    """Return the seconds of a token in all layers, appended, attended to and taken back; the mean of `count`."""
+    module, (query, key, value) = nn.Module(), shape.token()
+    module.num_key_value_groups = shape.heads // shape.key_heads  # type: ignore[assignment]
+    started = time.perf_counter()
+    for _ in range(count):
+        for layer in layers:
+            int8_attention(module, query, *layer.update(key, value), None)
+            layer.crop(-1)
+    return (time.perf_counter() - started) / count
+
+
+def _read_rate(shelf: Shelf, reader: FileReader) -> float:
+    """Return the bytes a second of reading the shelf's file once, chunk by chunk."""
+    arena = Arena(max(blob.nbytes for blob in shelf.blobs))
+    started = time.perf_counter()
+    for blob in shelf.blobs:
+        read_blob(reader, blob, arena)
+    return sum(blob.nbytes for blob in shelf.blobs) / (time.perf_counter() - started)
