@@ -117,10 +117,12 @@ inline float sum(Total total) {
 
 #include "attention_lanes.h"
 
+#include "attention_avx2.h"
+
 }  // namespace
 
 namespace int4 {
 extern const Kernels avx2_kernels = {quantize, fast, exact, dequantize, read};
 extern const DecoderKernels avx2_decoder = {widen, narrow, normalize, gate, attend};
-extern const AttentionKernels avx2_attention = {quantize_row, prepare_query, attend_piece<PlainLanes>};
+extern const AttentionKernels avx2_attention = {quantize_row, prepare_query, attend_piece<Avx2Lanes>};
 }
