@@ -41,7 +41,10 @@ def test_every_tier_of_a_device_has_its_link(
     assert all((row["prompt_s"] != "") == (row["batch"] == "1") for row in rows)
     for row in rows:
         assert float(row["tokens_per_s"]) == pytest.approx(int(row["batch"]) / float(row["p50_ms"]) * 1e3, rel=0.01)
-    assert {event["name"] for event in json.loads(trace.read_text())["traceEvents"]} >= {"model.layers.0", "head"}
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["name"] for event in events} >= {"model.layers.0", "head"}
+    copied = [event for event in events if event["tid"] == 3 and event["ph"] == "X"]
+    assert len(copied) >= 2 * SHAPES["tiny"].layers  # of the staged tier, whichever comes last
 
 
 def test_without_a_device_there_are_the_tiers_of_the_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +56,8 @@ def test_without_a_device_there_are_the_tiers_of_the_host(tmp_path: Path, capsys
     assert "no CUDA device here" in capsys.readouterr().err
     assert main(["tiers", *flags, "--tiers", "attic"]) == 2
     assert "--tiers 'attic': expected some of resident," in capsys.readouterr().err
+    assert main(["tiers", *flags, "--tiers", "host", "--trace-tier", "staged"]) == 2
+    assert "--trace-tier 'staged': expected one of --tiers, host" in capsys.readouterr().err
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 
@@ -36,6 +36,7 @@ _NCU_METRICS = (
     "launch__registers_per_thread",
 )
 _LONGEST_FIGURE = 100
+_CUDA_PROGRAMS = "/usr/local/cuda/bin"
 _TEST_PROCESSES = 8
 
 
@@ -129,13 +130,13 @@ def steps_of(output: Path, dry_run: bool) -> Iterator[Step]:
     """Yield the steps, in the order in which a run that is cut off would miss them least."""
     device = "cpu" if dry_run else "cuda"
     models = str(output / "models")
-    yield Step("doctor", _python("offload.doctor"), 30, r"GPU|kernels")
+    yield Step("doctor", _python("offload.doctor"), 20, r"GPU|kernels")
     tests = _python("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
     shards = 2 if dry_run else _TEST_PROCESSES  # most of their time is Triton compiling
-    yield Step("tests", tests, 120, r"passed|skipped|failed", shards=shards)
+    yield Step("tests", tests, 110, r"passed|skipped|failed", shards=shards)
     kernels = ("--shapes", "64x256", "--batches", "1,17") if dry_run else ("--batches", "1,4,16,64,512,2048")
     yield _measured(
-        "kernels", output, 100, "--device", device, "--rounds", "2" if dry_run else "7", *kernels, figure=" 1 +triton"
+        "kernels", output, 90, "--device", device, "--rounds", "2" if dry_run else "7", *kernels, figure=" 1 +triton"
     )
     tiers = ("--shape", "tiny", "--tiers", "host,disk to host", "--tokens", "2", "--prompt-tokens", "20")
     trace = str(output / "trace.json")
@@ -151,7 +152,7 @@ def steps_of(output: Path, dry_run: bool) -> Iterator[Step]:
         figure="staged +1 |host",
     )
     contexts = ("--contexts", "70", "--rounds", "2") if dry_run else ("--contexts", "2000,8000,32000", "--rounds", "7")
-    yield _measured("kv", output, 50, "--device", device, *contexts, figure="int8")
+    yield _measured("kv", output, 45, "--device", device, *contexts, figure="int8")
     model = str(output / "models" / ("tiny.int4" if dry_run else "8b.int4"))
     verify = _python("offload.verify", "--model", model, "--new-tokens", "3")
     yield Step("verify", verify, 60, r"logits|other")
@@ -159,9 +160,9 @@ def steps_of(output: Path, dry_run: bool) -> Iterator[Step]:
         "eval.speed", "kernels", "--device", device, "--shapes", "4096x4096", "--batches", "1", "--rounds", "1"
     )
     sanitized = ("compute-sanitizer", "--error-exitcode", "9", *_python("pytest", "-q", "-m", "gpu", "-k", "sanitized"))
-    yield Step("sanitizer", sanitized, 60, r"ERROR SUMMARY", tool="compute-sanitizer")
+    yield Step("sanitizer", sanitized, 55, r"ERROR SUMMARY", tool="compute-sanitizer")
     profiled = ("ncu", "-k", "matmul_kernel", "-c", "3", "--metrics", ",".join(_NCU_METRICS), *one)
-    yield Step("profile", profiled, 40, r"dram__throughput", tool="ncu")
+    yield Step("profile", profiled, 30, r"dram__throughput", tool="ncu")
 
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
@@ -176,12 +177,12 @@ def _measured(name: str, output: Path, seconds: int, *arguments: str, figure: st
 
 def take(step: Step, output: Path) -> Outcome:
     """Run a step to its end or to its limit; nothing that it started is left behind."""
-    if step.tool is not None and shutil.which(step.tool) is None:
+    if step.tool is not None and _found(step.tool) is None:
         return Outcome(step.name, "left out", 0.0, f"no {step.tool} here")
     log, started = output / f"{step.name}.log", time.perf_counter()
     with log.open("w") as file:
         processes = [
-            subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            subprocess.Popen([_found(command[0]) or command[0], *command[1:]], **_apart(file))
             for command in step.commands
         ]
         try:
@@ -194,6 +195,15 @@ def take(step: Step, output: Path) -> Outcome:
     status: Status = "over its limit" if codes is None else "failed" if any(codes) else "passed"
     text = log.read_text(errors="replace")
     return Outcome(step.name, status, time.perf_counter() - started, _figure(text, step.figure, status))
+
+
+def _apart(log: IO[str]) -> dict[str, Any]:
+    return {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+
+
+def _found(program: str) -> str | None:
+    """Return where a program is: on the path, or in CUDA's own directory, which often is not."""
+    return shutil.which(program) or shutil.which(program, path=_CUDA_PROGRAMS)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -68,7 +68,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=24, help="to decode for each batch")
     add("--prompt-tokens", type=int, default=2048, help="of the prompt whose time is taken")
     add("--models", type=Path, default=_MODELS, help="where the random models are kept")
-    add("--trace", type=Path, metavar="FILE", help="write what the last tier's first batch does as a Perfetto trace")
+    add("--trace", type=Path, metavar="FILE", help="write what one tier does at the first batch as a Perfetto trace")
+    add("--trace-tier", metavar="TIER", help="the tier; default: staged, or the last where that is not among them")
 
 
 def measure(options: argparse.Namespace) -> TiersReport:
@@ -77,6 +78,8 @@ def measure(options: argparse.Namespace) -> TiersReport:
     for name in names:
         if name not in ARRANGEMENTS:
             raise UsageError(f"--tiers {name!r}: expected some of {', '.join(ARRANGEMENTS)}")
+    if options.trace_tier not in (None, *names):
+        raise UsageError(f"--trace-tier {options.trace_tier!r}: expected one of --tiers, {', '.join(names)}")
     model = options.models / f"{options.shape}.int4"
     write_checkpoint(SHAPES[options.shape], model)
     on_device = any(name not in WITHOUT_A_DEVICE for name in names)
@@ -110,12 +113,13 @@ def _rows(
     loaded: PreTrainedModel, names: list[str], batches: list[int], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     executor, rows = executor_of(loaded), []
+    traced_tier = options.trace_tier or ("staged" if "staged" in names else names[-1])
     progress = Progress("tier", len(names))
     for name in names:
         executor.rearrange(arranged(executor.placement, name))
         prompt_seconds = _prefill(loaded, options.prompt_tokens)
         for batch in batches:
-            traced = options.trace is not None and name == names[-1] and batch == batches[0]
+            traced = options.trace is not None and name == traced_tier and batch == batches[0]
             trace = Trace(executor) if traced else None
             seconds = _decode(loaded, batch, options.tokens)
             if trace is not None:
