@@ -1,4 +1,7 @@
-"""What bounds decoding, measured on the loaded model: the slowest link that weights take for every token."""
+"""What bounds decoding, measured on the loaded model: of the links that weights take for every token, the slowest kind.
+
+Disk is slower than the bus to a device, and that than memory, whatever share of the weights takes each.
+"""
 
 import time
 from collections.abc import Callable
