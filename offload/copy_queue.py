@@ -55,16 +55,14 @@ class Bounce:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._buffers = [Arena(BOUNCE_BYTES) for _ in range(_BOUNCE_BUFFERS)]
-        for buffer in self._buffers:
-            buffer.pinned = device.pin(buffer)
+        self._buffers = [device.allocate_pinned(BOUNCE_BYTES) for _ in range(_BOUNCE_BUFFERS)]
         self._busy: list[Fence | None] = [None] * _BOUNCE_BUFFERS
         self._next = 0
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes; returns when the source may be changed."""
         for start in range(0, target.nbytes, BOUNCE_BYTES):
-            buffer, busy = self._buffers[self._next].bytes, self._busy[self._next]
+            buffer, busy = self._buffers[self._next], self._busy[self._next]
             if busy is not None:
                 busy.synchronize()
             part = source[start : start + BOUNCE_BYTES]
@@ -74,10 +72,9 @@ class Bounce:
             self._next = (self._next + 1) % _BOUNCE_BUFFERS
 
     def close(self) -> None:
-        """Unpin the buffers, of which none is in use."""
-        for buffer in self._buffers:
-            if buffer.pinned:
-                self._device.unpin(buffer)
+        """Give the buffers back, of which none is in use."""
+        while self._buffers:
+            self._device.free_pinned(self._buffers.pop())
 
 
 class CopyQueue(TransferQueue):

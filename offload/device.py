@@ -57,6 +57,12 @@ class Device(Protocol):
     def unpin(self, arena: Arena) -> None:
         """Take it back."""
 
+    def allocate_pinned(self, nbytes: int) -> Tensor:
+        """Return host memory that is the device's to read from the start, uint8 [nbytes]. Raises RuntimeError."""
+
+    def free_pinned(self, memory: Tensor) -> None:
+        """Give it back; nothing of it is in use."""
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
 
@@ -158,6 +164,16 @@ class CudaDevice:
     def unpin(self, arena: Arena) -> None:
         """Take it back."""
         torch.cuda.cudart().cudaHostUnregister(arena.bytes.data_ptr())
+
+    def allocate_pinned(self, nbytes: int) -> Tensor:
+        """Return host memory that is the device's to read from the start, uint8 [nbytes]. Raises RuntimeError.
+
+        The driver's own, which `ulimit -l` does not bound; in powers of two.
+        """
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def free_pinned(self, memory: Tensor) -> None:
+        """Do nothing: torch takes it back with the last tensor in it."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""

@@ -63,7 +63,7 @@ class Bytes(bytearray):
 
 
 class FakeDevice:
-    """fail_at: the allocation that finds no memory. unpinned: arenas that are refused, from this one on.
+    """fail_at: the allocation that finds no memory. unpinned: the arena that is refused, 0 for all of them.
 
     limit: memory for allocations, None for no end of it; held_bytes: what they hold now.
 
@@ -107,13 +107,21 @@ class FakeDevice:
 
     def pin(self, arena: Arena) -> bool:
         self.pins += 1
-        if self.unpinned is not None and self.pins == self.unpinned:
+        if self.unpinned in (0, self.pins):
             return False
         self.pinned[arena.bytes.data_ptr()] = Region(arena.bytes)
         return True
 
     def unpin(self, arena: Arena) -> None:
         del self.pinned[arena.bytes.data_ptr()]
+
+    def allocate_pinned(self, nbytes: int) -> Tensor:
+        memory = Arena(nbytes).bytes.fill_(0xFF)
+        self.pinned[memory.data_ptr()] = Region(memory)
+        return memory
+
+    def free_pinned(self, memory: Tensor) -> None:
+        del self.pinned[memory.data_ptr()]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with self.lock:

@@ -142,19 +142,22 @@ def test_generation_is_that_of_the_host(tiny_checkpoint: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", [name for name, placement in PLACEMENTS.items() if "staged" in str(placement)])
+@pytest.mark.parametrize("unpinned", [0, 1], ids=["nothing", "not the first"])
 def test_memory_that_cannot_be_pinned_is_gone_around_and_said(
     name: str,
+    unpinned: int,
     tiny_checkpoint: Path,
     expected: list[Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
-    refused = FakeDevice(unpinned=1)
+    refused = FakeDevice(unpinned=unpinned)
     with placed(monkeypatch, tiny_checkpoint, name, device=refused) as (model, device):
         assert same(passes(model), expected)
         assert device.copies
     assert "cannot be pinned (`ulimit -l`)" in caplog.text
+    assert not refused.pinned
 
 
 @pytest.mark.parametrize("name", ["resident", "staged, 2 slots", "mapped"])

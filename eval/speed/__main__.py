@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from eval.results import RESULTS, append, circumstances, command_line
 from eval.speed import checksums, executor, gpu, kernels, kv, kv_disk, serve, tiers
 from offload.command import Parser, run, say
+from offload.errors import ResourceError
 
 
 class Report(Protocol):
@@ -75,6 +76,8 @@ def _command(argv: list[str]) -> None:
     if options.picture is not None:
         report.draw(options.picture)
         say(f"drawn in {options.picture}")
+    if isinstance(report, gpu.GpuReport) and report.failed:
+        raise ResourceError(f"did not pass: {', '.join(report.failed)}; their logs in {options.output} say why")
 
 
 def _parser() -> argparse.ArgumentParser:

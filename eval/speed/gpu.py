@@ -90,8 +90,12 @@ class GpuReport:
         """Return a line for each, and how many did not pass."""
         lines = [f"{'step':12} {'':14} {'seconds':>8}  what it said"]
         lines += [f"{one.name:12} {one.status:14} {one.seconds:8.1f}  {one.figure}" for one in self.outcomes]
-        bad = [one.name for one in self.outcomes if one.status in ("failed", "over its limit")]
-        return "\n".join([*lines, f"not passed: {', '.join(bad)}" if bad else "every step that was taken passed"])
+        return "\n".join([*lines, "some did not pass" if self.failed else "every step that was taken passed"])
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The steps that did not pass."""
+        return tuple(one.name for one in self.outcomes if one.status in ("failed", "over its limit"))
 
     def draw(self, path: Path) -> None:
         """Refuse: the steps draw their own pictures."""
