@@ -15,7 +15,7 @@ from offload.errors import ResourceError, UsageError
 from offload.executor import executor_of, load
 from offload.planning.choice import plan as real_plan
 from offload.planning.needs import Needs
-from offload.planning.placement import Placement
+from offload.planning.placement import Placement, describe
 from offload.rounds import Rounds
 
 pytestmark = pytest.mark.timeout(120)
@@ -139,6 +139,20 @@ def test_generation_is_that_of_the_host(tiny_checkpoint: Path, monkeypatch: pyte
     host = load(tiny_checkpoint).generate(TOKENS, **options)
     with placed(monkeypatch, tiny_checkpoint, "staged between resident") as (model, _):
         assert torch.equal(model.generate(TOKENS, **options), host)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_device_holds_no_more_of_layers_than_is_planned(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(monkeypatch, tiny_checkpoint, name) as (model, device):
+        executor = executor_of(model)
+        around = sum(blob.nbytes for blob in executor.checkpoint.blobs if not blob.module)
+        planned, page = executor.placement.layers_device_bytes, 4096
+        slots = planned // max(executor.placement.needs.layers_bytes)
+        assert planned - slots * page < device.held_bytes - around <= planned
+        shown = describe(executor.placement)
+        assert ("one more, for prompts of layers read across the bus" in shown) == ("mapped" in executor.placement.hows)
 
 
 @pytest.mark.parametrize("name", [name for name, placement in PLACEMENTS.items() if "staged" in str(placement)])

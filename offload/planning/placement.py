@@ -110,8 +110,9 @@ class Placement:
 
     @property
     def layers_device_bytes(self) -> int:
-        """What layers take on the GPU: those that are there, and the slots for others."""
-        return self.bytes_in("resident") + self.device_depth * max(self.needs.layers_bytes)
+        """What layers take on the GPU: those that are there, slots for others, and one for prompts of mapped ones."""
+        slots = self.device_depth + ("mapped" in self.hows)
+        return self.bytes_in("resident") + slots * max(self.needs.layers_bytes)
 
     @property
     def device_shortage_bytes(self) -> int:
@@ -209,6 +210,8 @@ def describe(placement: Placement) -> str:
             *_layer_lines(placement, {"resident": "on the GPU"}),
             (f"ring of {placement.device_depth} slots", placement.device_depth * max(needs.layers_bytes)),
         ]
+        if "mapped" in placement.hows:
+            on_device.append(("one more, for prompts of layers read across the bus", max(needs.layers_bytes)))
         text += f"\non the GPU\n{_sum(on_device, placement.device_bytes, placement.device_budget_bytes)}"
     return f"plan\n{text}\n  {format_bytes(placement.disk_bytes):>10}  read from disk for every pass over the model"
 
