@@ -134,10 +134,10 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
         kv=wishes.kv,
         kv_bytes=wishes.kv_bytes,
     )
-    if wishes.gpu_word is None:
+    if wishes.gpu_word is None and not wishes.anywhere:
         plan(needs, wishes)
     machine = _machine(options)
-    if wishes.gpu_word is not None:
+    if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device and wishes.kv_bytes is None):
         wishes = _on_device(wishes, machine)
     return Subject(
         shape=Shape.of(checkpoint, units, config, dtype.itemsize),

@@ -260,6 +260,22 @@ def test_a_plan_for_another_machine_is_called_hypothetical(
     assert report["device_budget_bytes"] == 24 << 30
 
 
+@pytest.mark.parametrize("device_map", ["auto", "sequential"])
+def test_a_map_that_leaves_the_place_open_takes_a_gpu_that_is_there_and_tries_nothing(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device_map: str,
+) -> None:
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(trial, "run_measurement", lambda directory: DESKTOP)
+    assert main(["--model", str(tiny_checkpoint), "--context", "100", "--device-map", device_map, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tiers"] == ["resident"] * 3
+    assert report["device_budget_bytes"] == 24 << 30
+
+
 def test_a_rehearsal_that_kept_few_layers_does_for_plans_that_keep_few(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
