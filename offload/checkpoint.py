@@ -27,6 +27,9 @@ MANIFEST_NAME = "manifest.json"
 RUN_NAME = "run.json"
 """What the making of the checkpoint took: the one file that differs between two runs of one recipe."""
 
+PARTIAL_NAME = "partial"
+"""Where the writer keeps its records until all is written."""
+
 SENSITIVITY_NAME = "sensitivity.json"
 PAYLOAD_ALIGNMENT = 4096
 """Payloads start on a multiple of this, so that they can be read past the page cache."""
@@ -198,6 +201,11 @@ class Checkpoint:
         return cls(directory, recipe, blobs, layer_errors)
 
 
+def is_ours(directory: Path) -> bool:
+    """Whether a directory was begun by this toolkit's writer, finished or not."""
+    return (directory / MANIFEST_NAME).exists() or (directory / PARTIAL_NAME).is_dir()
+
+
 def is_checkpoint(directory: Path) -> bool:
     """Whether a directory looks like one of ours, finished or damaged; plain models have neither mark."""
     if (directory / MANIFEST_NAME).exists():
@@ -248,7 +256,7 @@ def _shard_entry(number: int, shard: Any) -> tuple[str, str, int, dict[str, str]
 def _why_no_manifest(directory: Path) -> str:
     if not directory.is_dir():
         return f"{directory}: no such directory"
-    if (directory / "partial").is_dir():
+    if (directory / PARTIAL_NAME).is_dir():
         return f"{directory}: calibration has not finished; run the same quant command again to resume it"
     return f"{directory}: no {MANIFEST_NAME}; not a checkpoint of this toolkit, or an incomplete copy of one"
 

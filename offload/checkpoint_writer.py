@@ -27,6 +27,7 @@ from offload.checkpoint import (
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    PARTIAL_NAME,
     PAYLOAD_ALIGNMENT,
     Recipe,
     read_header,
@@ -37,7 +38,6 @@ from offload.files import read_json, reading
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TENSOR_ALIGNMENT = 64
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
-_PARTIAL = "partial"
 _LOCK = ".lock"
 
 
@@ -46,7 +46,7 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, recipe: Recipe, num_shards: int) -> None:
         self.directory, self.recipe, self.num_shards = directory, recipe, num_shards
-        self._partial = directory / _PARTIAL
+        self._partial = directory / PARTIAL_NAME
         self._records: dict[int, dict[str, Any]] = {}
 
     @property
@@ -240,7 +240,7 @@ def _take_lock(directory: Path) -> int:
 def _prepare(directory: Path, recipe: Recipe, overwrite: bool) -> None:
     """Leave `directory` empty with our recipe in it, or resumable, or complete; or refuse."""
     entries = {entry.name for entry in directory.iterdir()} - {_LOCK}
-    partial = directory / _PARTIAL
+    partial = directory / PARTIAL_NAME
     if overwrite:
         _delete_ours(directory, entries)
         entries = set()
@@ -250,7 +250,7 @@ def _prepare(directory: Path, recipe: Recipe, overwrite: bool) -> None:
     elif (partial / "recipe.json").exists():
         _refuse_other(directory, recipe, read_json(partial / "recipe.json"), "an unfinished run")
     else:
-        _refuse_foreign(directory, entries - {_PARTIAL})
+        _refuse_foreign(directory, entries - {PARTIAL_NAME})
         partial.mkdir(exist_ok=True)
         write_durably(partial / "recipe.json", _json_bytes(recipe.to_json()))
 
@@ -283,7 +283,7 @@ def _delete_ours(directory: Path, entries: set[str]) -> None:
     The manifest goes first, to `partial/`: no one takes what is left for a checkpoint, and a deletion that was
     interrupted still knows which files are ours.
     """
-    manifest, partial = directory / MANIFEST_NAME, directory / _PARTIAL
+    manifest, partial = directory / MANIFEST_NAME, directory / PARTIAL_NAME
     kept = partial / MANIFEST_NAME
     ours: set[str] = set()
     if manifest.exists() or kept.exists() or (partial / "recipe.json").exists():
@@ -291,7 +291,7 @@ def _delete_ours(directory: Path, entries: set[str]) -> None:
         for path in filter(Path.exists, (manifest, kept)):
             ours.update(read_json(path).get("files", []))
         ours.update([f".{name}.tmp" for name in ours], fnmatch.filter(entries, ".model-*-of-*.safetensors.tmp"))
-    _refuse_foreign(directory, entries - ours - {_PARTIAL})
+    _refuse_foreign(directory, entries - ours - {PARTIAL_NAME})
     if manifest.exists():
         partial.mkdir(exist_ok=True)
         manifest.rename(kept)

@@ -7,8 +7,9 @@ copy, which is made the first time, and made anew when a file of the original ha
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import xxhash
 from torch import Tensor, nn
 
 import offload
-from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, Checkpoint, Recipe
+from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, PLAIN, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, format_bytes, say
 from offload.convert_gguf import convert_gguf, gguf_identity
@@ -32,34 +33,56 @@ from offload.source import cache_directory, files_around
 from offload.source_weights import SourceWeights
 
 
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A checkpoint or a plain model that is not laid out as ours.
+
+    kind: "awq", "gptq", "compressed-tensors", "gguf" or "plain". identity: what changes with its files. write(output,
+    overwrite): re-lay it there.
+    """
+
+    path: Path
+    kind: str
+    identity: str
+    write: Callable[[Path, bool], Checkpoint]
+
+
+def find_original(directory: Path, plain: bool) -> Original | None:
+    """Return what is to be re-laid of a directory or GGUF file, None where nothing is.
+
+    plain: also where nobody quantized. Raises InputError for a quantization that cannot be kept to.
+    """
+    if (file := gguf_path(directory)) is not None:
+        return Original(file, "gguf", gguf_identity(file), partial(convert_gguf, file))
+    if (found := foreign_format(directory)) is not None:
+        write = partial(convert, directory, found)
+        return Original(directory, found.kind, identity_of(directory), write)
+    if plain and is_plain(directory):
+        identity = identity_of(directory)
+        return Original(directory, PLAIN, identity, partial(convert_plain, directory, identity))
+    return None
+
+
 def opened(directory: Path, plain: bool = False) -> Path:
     """Return the directory to read: itself, or the re-laid copy of another tool's checkpoint, made now if need be.
 
     plain: re-lay a model that nobody quantized as well. Raises InputError or CheckpointError for one that cannot be
     re-laid exactly.
     """
-    file = gguf_path(directory)
-    found = None if file is not None else foreign_format(directory)
-    unquantized = plain and file is None and found is None and is_plain(directory)
-    if file is None and found is None and not unquantized:
+    found = find_original(directory, plain)
+    if found is None:
         return directory
-    identity = identity_of(directory) if file is None else gguf_identity(file)
-    copy = _copies() / f"{(file or directory).resolve().name}-{identity}"
+    copy = _copies() / f"{found.path.resolve().name}-{found.identity}"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with (copy.parent / f".{copy.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process that is at it is waited for
         if not (copy / MANIFEST_NAME).exists():
-            kind = "a plain model" if unquantized else f"of {'gguf' if found is None else found.kind}"
+            kind = "a plain model" if found.kind == PLAIN else f"of {found.kind}"
             say(f"{directory}: {kind}, re-laid once into {copy}; `python -m quant.convert --clear` removes it")
-            if found is not None:
-                convert(directory, copy, found)
-            elif file is not None:
-                convert_gguf(file, copy)
-            else:
-                say(
-                    f"its weights stay what they are; `python -m quant.awq --model {directory}` makes a quarter of them"
-                )
-                convert_plain(directory, copy, identity)
+            if found.kind == PLAIN:
+                awq = f"python -m quant.awq --model {directory}"
+                say(f"its weights stay what they are; `{awq}` makes a quarter of them")
+            found.write(copy, False)
     return copy
 
 
@@ -77,7 +100,7 @@ def clear() -> int:
 
 
 @torch.inference_mode()
-def convert(directory: Path, output: Path, found: Foreign, overwrite: bool = False) -> Checkpoint:
+def convert(directory: Path, found: Foreign, output: Path, overwrite: bool = False) -> Checkpoint:
     """Write a foreign checkpoint as one of ours; an interrupted run is resumed. One layer is in memory at a time.
 
     Raises CheckpointError if its tensors are not those of the model, InputError if the model is of an unknown kind.
@@ -206,11 +229,11 @@ def _card(directory: Path, found: Foreign, recipe: Recipe) -> bytes:
     return ("\n\n".join(lines) + "\n").encode()
 
 
-def require_format(directory: Path) -> Foreign:
-    """Return what a directory holds. Raises InputError if it is no other tool's checkpoint."""
-    if not (directory / CONFIG_NAME).is_file():
+def require_original(directory: Path) -> Original:
+    """Return what is to be re-laid of a directory or file. Raises InputError if there is nothing."""
+    found = find_original(directory, plain=True)
+    if found is None and not directory.is_file() and not (directory / CONFIG_NAME).is_file():
         raise InputError(f"{directory}: no {CONFIG_NAME} in it; not a model directory")
-    found = foreign_format(directory)
     if found is None:
         raise InputError(f"{directory}: not a checkpoint of another tool: there is nothing to convert")
     return found

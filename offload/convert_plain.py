@@ -10,28 +10,28 @@ import transformers
 from transformers import PreTrainedModel
 
 import offload
-from offload.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, PLAIN, Checkpoint, Recipe, describe_difference
+from offload.checkpoint import CONFIG_NAME, INDEX_NAME, PLAIN, Checkpoint, Recipe, describe_difference, is_ours
 from offload.checkpoint_writer import open_writer
-from offload.command import Progress
+from offload.command import Progress, say
 from offload.errors import CheckpointError
 from offload.files import read_json
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import files_around
 from offload.source_weights import SourceWeights
 
+_NAMED = 3
+
 
 def is_plain(directory: Path) -> bool:
     """Whether a directory looks like a model of transformers whose weights nobody quantized, in safetensors."""
     config = directory / CONFIG_NAME
-    if (directory / MANIFEST_NAME).exists() or (directory / "partial").is_dir():  # one of ours
-        return False
-    if not config.is_file() or "quantization_config" in read_json(config):
+    if is_ours(directory) or not config.is_file() or "quantization_config" in read_json(config):
         return False
     return (directory / INDEX_NAME).is_file() or (directory / "model.safetensors").is_file()
 
 
 @torch.inference_mode()
-def convert_plain(directory: Path, output: Path, identity: str, overwrite: bool = False) -> Checkpoint:
+def convert_plain(directory: Path, identity: str, output: Path, overwrite: bool = False) -> Checkpoint:
     """Write a plain model as a checkpoint; an interrupted run is resumed. One layer is in memory at a time.
 
     identity: what changes with the files of the model. Raises CheckpointError if its tensors are not those of the
@@ -61,13 +61,17 @@ def convert_plain(directory: Path, output: Path, identity: str, overwrite: bool 
 
 
 def _check_names(directory: Path, model: PreTrainedModel, source: SourceWeights) -> None:
-    """Raise CheckpointError unless the tensors are those of the model; what is beside them is left out."""
+    """Raise CheckpointError unless the tensors are those of the model; say what is left out beside them."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     expected = set(model.state_dict()) - tied
     if expected - set(source.locations):
         difference = describe_difference(set(source.locations) & expected, expected, "by the configuration")
         hint = f"; {len(source.unplaced)} others have no place in the model" if source.unplaced else ""
         raise CheckpointError(f"{directory}: {difference}{hint}")
+    if source.unplaced:
+        more = ", ..." if len(source.unplaced) > _NAMED else ""
+        named = f"{', '.join(source.unplaced[:_NAMED])}{more}"
+        say(f"{directory}: {len(source.unplaced)} tensors have no place in the model and are left out ({named})")
 
 
 def _recipe(directory: Path, identity: str) -> Recipe:

@@ -39,7 +39,8 @@ class Parts:
 class DeviceSide:
     """Owns the memory on the device, the pinned memory beside it, and the hooks of the layers that need them.
 
-    copies, ring: what copies layers ahead, and the slots on the device, None if none are copied. Raises
+    copies, ring: what copies layers ahead, and the slots on the device, None if none are copied. spare: memory of a
+    layer on the device that holds nothing between passes, of a ring that was reset; None where all layers stay. Raises
     torch.OutOfMemoryError if the device's memory does not do; then it is to be closed.
     """
 
@@ -47,6 +48,7 @@ class DeviceSide:
         self.device, self._poison = device, poison
         self.copies: CopyQueue | None = None
         self.ring: Slots | None = None
+        self.spare: Memory | None = None
         self._views: list[LayerView] = []
         self._pinned: list[Arena] = []
         self._bounce: Bounce | None = None
@@ -71,6 +73,7 @@ class DeviceSide:
         size = max(blob.nbytes for blob in blobs)
         slots = [self.device.allocate(size) for _ in range(placement.device_depth)]
         scratch = self.device.allocate(size) if places["mapped"] else None
+        self.spare = slots[0] if slots else scratch
         kept = {at: parts.read(blobs[at]) for at in (*places["staged"], *places["mapped"]) if not disk[at]}
         ring_arenas = parts.host_ring.arenas if parts.host_ring is not None and placement.way != "host" else []
         self._pin([*kept.values(), *(arena for arena in ring_arenas if isinstance(arena, Arena))])
@@ -91,7 +94,7 @@ class DeviceSide:
             self.copies.close()
         for view in self._views:
             view.detach()
-        self._handles, self._views, self.copies, self.ring = [], [], None, None
+        self._handles, self._views, self.copies, self.ring, self.spare = [], [], None, None, None
         self.device.settle()
         while self._pinned:
             arena = self._pinned.pop()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.packed import BITS, GROUP_SIZES, PackedWeight, codes_per_word
 from kernels.repack import from_awq, from_gptq
-from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from offload.checkpoint import CONFIG_NAME, is_ours
 from offload.errors import CheckpointError, InputError
 from offload.files import read_json
 from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO
@@ -110,8 +110,7 @@ def foreign_format(directory: Path) -> Foreign | None:
 
     Raises InputError for a quantization that cannot be kept to.
     """
-    ours = (directory / MANIFEST_NAME).exists() or (directory / "partial").is_dir()
-    if ours or not (directory / CONFIG_NAME).is_file():
+    if is_ours(directory) or not (directory / CONFIG_NAME).is_file():
         return None
     config = read_json(directory / CONFIG_NAME).get("quantization_config")
     if config is None:

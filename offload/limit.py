@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.cpu_matmul import read_seconds
 from offload.copy_queue import Bounce
 from offload.device import Device
+from offload.device_side import DeviceSide
 from offload.memory import Arena
 from offload.read_queue import read_blob
 from offload.streaming import Executor
@@ -43,9 +44,10 @@ def measure_limit(executor: Executor) -> Limit:
     placement = executor.placement
     if executor.queue is not None:
         return Limit("disk", _disk_rate(executor), placement.disk_bytes)
-    device = None if executor.device_side is None else executor.device_side.device
-    if device is not None and (crossing := placement.bytes_in("staged", "mapped")):
-        return Limit("bus", _copy_rate(device), crossing)
+    side = executor.device_side
+    device = None if side is None else side.device
+    if side is not None and (crossing := placement.bytes_in("staged", "mapped")):
+        return Limit("bus", _copy_rate(side), crossing)
     if device is not None and not placement.bytes_in("host"):
         return Limit("device memory", _device_rate(device, executor.head_memory), executor.bytes_per_token)
     if device is not None:
@@ -74,9 +76,17 @@ def _disk_rate(executor: Executor) -> float:
     return total / elapsed
 
 
-def _copy_rate(device: Device) -> float:
-    """Return the bytes a second of copies one behind the other: out of pinned memory, or around it if none is given."""
-    arena, target = Arena(_COPY_BYTES), device.allocate(_COPY_BYTES)
+def _copy_rate(side: DeviceSide) -> float:
+    """Return the bytes a second of copies one behind the other: out of pinned memory, or around it if none is given.
+
+    They go where layers are copied to, so that nothing is asked of a device that may be full.
+    """
+    assert side.spare is not None, "what crosses the bus has somewhere to go"
+    device = side.device
+    if side.ring is not None:
+        side.ring.reset()
+    target = side.spare.bytes[:_COPY_BYTES]
+    arena = Arena(target.nbytes)
     arena.bytes.fill_(1)
     arena.pinned = device.pin(arena)
     bounce = None if arena.pinned else Bounce(device)
@@ -84,11 +94,12 @@ def _copy_rate(device: Device) -> float:
 
     def copies() -> None:
         for _ in range(_COPIES):
-            copy(target.bytes, arena.bytes)
+            copy(target, arena.bytes[: target.nbytes])
         device.mark_copies().synchronize()
 
     try:
-        return _COPIES * _COPY_BYTES / _fastest_seconds(copies)
+        device.settle()
+        return _COPIES * target.nbytes / _fastest_seconds(copies)
     finally:
         device.settle()
         if arena.pinned:
@@ -103,7 +114,7 @@ def _memory_rate(memory: Tensor) -> float:
 
 def _device_rate(device: Device, memory: Tensor) -> float:
     """Return the bytes a second of a kernel that only reads `memory`, uint8, on the device."""
-    if device.torch_device.type == "cpu":
+    if device.torch_device.type == "cpu":  # a device whose memory is the host's
         return _memory_rate(memory)
     from kernels.triton_matmul import read_sums  # needs triton, which a machine without a GPU may lack
 

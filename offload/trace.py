@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from offload.checkpoint import LayerBlob
 from offload.device import Stamp
@@ -36,23 +37,22 @@ class _Event:
 
 
 class Trace:
-    """Notes every pass through a decoder layer or the head, every read of a layer and every copy, from now on."""
+    """Notes every pass through a decoder layer or the head, every read of a layer and every copy, until closed."""
 
     def __init__(self, executor: Executor) -> None:
         self._device = None if executor.device_side is None else executor.device_side.device
         self._events: list[_Event] = []
         self._entered: dict[str, Moment] = {}
+        self._executor = executor
+        self._handles: list[RemovableHandle] = []
         names = [blob.module for blob in executor.blobs]
         for name, module in [
             *zip(names, executor.layers, strict=True),
             (_HEAD, executor.model.get_output_embeddings()),
         ]:
-            module.register_forward_pre_hook(partial(self._enter, name))
-            module.register_forward_hook(partial(self._leave, name))
-        if executor.queue is not None:
-            executor.queue.on_read = partial(self._moved, _READ)
-        if executor.device_side is not None and executor.device_side.copies is not None:
-            executor.device_side.copies.on_copy = partial(self._moved, _COPY)
+            self._handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            self._handles.append(module.register_forward_hook(partial(self._leave, name)))
+        self._listen(partial(self._moved, _READ), partial(self._moved, _COPY))
         if self._device is not None:
             self._device.settle()
         self._began = time.perf_counter()
@@ -70,6 +70,19 @@ class Trace:
             path.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}))
         except OSError as error:
             raise ResourceError(f"--trace {path}: cannot be written ({error.strerror})") from None
+
+    def close(self) -> None:
+        """Note nothing more."""
+        self._listen(None, None)
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _listen(self, on_read: Any, on_copy: Any) -> None:
+        executor = self._executor
+        if executor.queue is not None:
+            executor.queue.on_read = on_read
+        if executor.device_side is not None and executor.device_side.copies is not None:
+            executor.device_side.copies.on_copy = on_copy
 
     def busy(self, line: int) -> float | None:
         """Return the share of decoding, all after the first pass, in which something happened on a line.

@@ -20,9 +20,7 @@ def _command(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.output is not None and options.model is None:
         raise UsageError(f"--output {options.output}: name the --model that goes there")
-    from offload.convert import clear, convert, describe_copies, identity_of, opened, require_format
-    from offload.convert_gguf import convert_gguf
-    from offload.convert_plain import convert_plain, is_plain
+    from offload.convert import clear, describe_copies, opened, require_original
     from offload.gguf_file import gguf_path
 
     if options.list:
@@ -31,21 +29,15 @@ def _command(argv: list[str]) -> None:
     if options.clear:
         say(f"{format_bytes(clear())} removed")
         return
-    file, started = gguf_path(Path(options.model)), time.monotonic()
-    model = file or resolve_model(options.model)
-    plain = file is None and is_plain(model)
-    found = None if file or plain else require_format(model)
+    started = time.monotonic()
+    found = require_original(gguf_path(Path(options.model)) or resolve_model(options.model))
     if options.output is None:
-        output = opened(model, plain=True)
-    elif plain:
-        output = convert_plain(model, options.output, identity_of(model), options.overwrite).directory
-    elif found is None:
-        output = convert_gguf(model, options.output, options.overwrite).directory
+        output = opened(found.path, plain=True)
     else:
-        output = convert(model, options.output, found, options.overwrite).directory
-    seconds, kind = time.monotonic() - started, "plain" if plain else "gguf" if found is None else found.kind
+        output = found.write(options.output, options.overwrite).directory
+    seconds, kind = time.monotonic() - started, found.kind
     if options.json:
-        print(json.dumps({"model": str(model), "format": kind, "output": str(output), "seconds": seconds}))
+        print(json.dumps({"model": str(found.path), "format": kind, "output": str(output), "seconds": seconds}))
     else:
         say(f"{output}: of {kind}, in {seconds:.1f} s")
         say(f"next: python -m offload.generate --model {output}")

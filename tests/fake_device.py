@@ -169,8 +169,9 @@ class FakeDevice:
     def settle(self) -> None:
         with self.lock:
             self.run_copies(1 << 60)
-            for stream in ("copy", "compute"):
-                join(self.clock_of(threading.current_thread().name), self.clock_of(stream))
+            for waiting in (threading.current_thread().name, "copy", "compute"):
+                for stream in ("copy", "compute"):
+                    join(self.clock_of(waiting), self.clock_of(stream))
 
     def kernel_reads(self, tensor: Tensor) -> None:
         with self.lock:

@@ -126,7 +126,7 @@ def test_an_interrupted_conversion_is_resumed_with_equal_bytes(
     foreign("gptq, reordered", tiny_model, directory)
     found = foreign_format(directory)
     assert found is not None
-    whole = convert.convert(directory, tmp_path / "whole", found)
+    whole = convert.convert(directory, found, tmp_path / "whole")
     calls = 0
     repack = type(found).repack
 
@@ -139,8 +139,8 @@ def test_an_interrupted_conversion_is_resumed_with_equal_bytes(
 
     monkeypatch.setattr(type(found), "repack", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert.convert(directory, tmp_path / "resumed", found)
-    resumed = convert.convert(directory, tmp_path / "resumed", found)
+        convert.convert(directory, found, tmp_path / "resumed")
+    resumed = convert.convert(directory, found, tmp_path / "resumed")
     assert calls == 10 + 21 - 7  # of 7 linears a layer the first layer's are not done again
     for one, other in zip(whole.blobs, resumed.blobs, strict=True):
         assert one.path.read_bytes() == other.path.read_bytes()

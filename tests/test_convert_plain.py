@@ -117,6 +117,16 @@ def test_a_tensor_that_is_missing_is_named(tiny_model: Path, tmp_path: Path) -> 
         load(model)
 
 
+def test_tensors_without_a_place_are_left_out_and_said(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"draft.weight": torch.ones(2)}, model / "model.safetensors", metadata={"format": "pt"})
+    load(model)
+    assert f"{model}: 1 tensors have no place in the model and are left out (draft.weight)" in capsys.readouterr().err
+
+
 def test_what_measures_an_original_reads_it_where_it_lies(
     tiny_model: Path, calibration_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

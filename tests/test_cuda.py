@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_attention import BF16, Case, random_context, random_mask, random_query
-from torch import Tensor
-from transformers import PreTrainedModel
+from test_device import passes
 
 from kernels.kv_block import KVBlock, KVBlocks, KVContext, write_tokens
 from kernels.reference import attention_reference
@@ -14,7 +13,6 @@ from offload.executor import executor_of, load
 from offload.planning.arrangement import arranged
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
-TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
 CASES = [Case(tokens=64), Case(tokens=600, queries=7), Case(tokens=5000, dtype=BF16), Case(tokens=2077, queries=16)]
 
 
@@ -47,17 +45,6 @@ def test_gpu_appends_the_bytes_of_the_reference() -> None:
     append_tokens(there.blocks, 130, key.cuda(), value.cuda())
     for one, other in zip(context.blocks, there.blocks, strict=True):
         assert torch.equal(one.memory, other.memory.cpu())
-
-
-@torch.inference_mode()
-def passes(model: PreTrainedModel) -> list[Tensor]:
-    """Logits of a prompt and of two tokens after it."""
-    out = model(TOKENS, use_cache=True)
-    found = [out.logits]
-    for token in (7, 90):
-        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
-        found.append(out.logits)
-    return found
 
 
 ALIKE = {"resident": ["half staged", "staged", "disk to staged"], "mapped": ["disk to mapped"]}

@@ -40,6 +40,7 @@ def test_the_slowest_link_of_each_placement(
         executor = executor_of(model)
         expected = logits(model)
         held, pinned = device.held_bytes, len(device.pinned)
+        device.limit = held  # the device is full
         limit = measure_limit(executor)
         assert (device.held_bytes, len(device.pinned)) == (held, pinned)
         layer_bytes = executor.placement.needs.layers_bytes[0]

@@ -60,6 +60,28 @@ def test_without_a_device_there_are_the_tiers_of_the_host(tmp_path: Path, capsys
     assert "--trace-tier 'staged': expected one of --tiers, host" in capsys.readouterr().err
 
 
+def test_a_tier_that_fails_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(SHAPES["tiny"], tmp_path / "tiny.int4")
+    flags = [*FLAGS, "--models", str(tmp_path), "--tiers", "resident,staged,mapped", "--json"]
+    with fake_gpu(monkeypatch) as device:
+        copy, copies = device.copy, 0
+
+        def failing(target: Tensor, source: Tensor) -> None:
+            nonlocal copies
+            copies += 1
+            if copies == 5:
+                raise RuntimeError("an illegal memory access was encountered")
+            copy(target, source)
+
+        monkeypatch.setattr(device, "copy", failing)
+        assert main(["tiers", *flags]) == 0
+    said = capsys.readouterr()
+    assert "staged: left out, RuntimeError: an illegal memory access was encountered" in said.err
+    assert [row["tier"] for row in json.loads(said.out)] == ["resident"] * 2 + ["mapped"] * 2
+
+
 @torch.inference_mode()
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(ids).logits

@@ -78,6 +78,20 @@ def test_every_copy_to_a_device_is_there_and_nothing_waits_for_it(
     assert "copies to the device busy" in described
 
 
+def test_nothing_is_noted_once_it_is_closed(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with placed(monkeypatch, tiny_checkpoint, "disk into staged, 2 slots", poison=False) as (model, _), torch.no_grad():
+        trace = Trace(executor_of(model))
+        model(TOKENS)
+        noted = {event.line for event in trace._events}
+        trace.close()
+        model(TOKENS)  # takes what was read and copied ahead, and asks for more
+        before = len(trace._events)
+        for _ in range(2):
+            model(TOKENS)
+    assert noted == {1, 2, 3}
+    assert len(trace._events) == before
+
+
 def test_the_share_of_decoding_in_which_a_link_is_busy(tiny_checkpoint: Path) -> None:
     """Between the ends of two heads, 10 seconds apart: 1 to 3, 2 to 4 and 9 to 12 are 4 of them."""
     trace = Trace(executor_of(load(tiny_checkpoint)))

@@ -21,7 +21,11 @@ from offload.errors import ResourceError
 
 
 class Report(Protocol):
-    """What was measured: rows of the results file, a table for the terminal, a picture."""
+    """What was measured: rows of the results file, a table for the terminal, a picture; what failed, or None."""
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong although there are rows, None if nothing did."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the figures as columns of the results file, without the circumstances."""
@@ -76,8 +80,8 @@ def _command(argv: list[str]) -> None:
     if options.picture is not None:
         report.draw(options.picture)
         say(f"drawn in {options.picture}")
-    if isinstance(report, gpu.GpuReport) and report.failed:
-        raise ResourceError(f"did not pass: {', '.join(report.failed)}; their logs in {options.output} say why")
+    if report.failure is not None:
+        raise ResourceError(report.failure)
 
 
 def _parser() -> argparse.ArgumentParser:

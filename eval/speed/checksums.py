@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
-from eval.speed.contender import PROMPT_TOKENS
+from eval.speed.contender import PROMPT_TOKENS, clocked
 from eval.speed.random_model import SHAPES, write_checkpoint
-from offload.clock import Clock
+from eval.speed.report import Rows
 from offload.command import Parser, Progress, format_bytes, parse_bytes, run
 from offload.errors import UsageError
 from offload.executor import executor_of, load
@@ -39,19 +38,14 @@ class Turn:
     disk_bytes_per_second: float
 
 
-@dataclass(frozen=True, slots=True)
-class ChecksumReport:
+class ChecksumReport(Rows):
     """What one run measured, one row."""
 
-    row: dict[str, Any]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return it."""
-        return [self.row]
+    __slots__ = ()
 
     def table(self) -> str:
         """Return it as lines."""
-        row = self.row
+        (row,) = self.measured
         return (
             f"{row['shape']} within {format_bytes(row['budget_bytes'])}, {format_bytes(row['disk_bytes_per_token'])} "
             f"from disk a token, at {row['disk_gb_per_s']:.2f} GB/s; checksums at {row['checksum_gb_per_s']:.1f} GB/s\n"
@@ -61,10 +55,6 @@ class ChecksumReport:
             f"{row['tokens']:3} tokens       {row['decode_s']:8.3f} s {row['decode_unverified_s']:8.3f} s "
             f"{row['decode_cost']:8.1%}"
         )
-
-    def draw(self, path: Path) -> None:
-        """Refuse: there is no picture of this subject."""
-        raise UsageError("--picture: only the kernels are drawn")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +78,7 @@ def measure(options: argparse.Namespace) -> ChecksumReport:
         for verified in (True, False) if number % 2 else (False, True):
             turns[verified].append(_turn_elsewhere(model, budget_bytes, options.tokens, verified))
         progress.advance()
-    return ChecksumReport(_row(options, budget_bytes, turns[True], turns[False]))
+    return ChecksumReport((_row(options, budget_bytes, turns[True], turns[False]),))
 
 
 def _turn_elsewhere(model: Path, budget_bytes: int, tokens: int, verified: bool) -> Turn:
@@ -101,7 +91,6 @@ def _turn_elsewhere(model: Path, budget_bytes: int, tokens: int, verified: bool)
     return Turn(**json.loads(done.stdout))
 
 
-@torch.inference_mode()
 def take_turn(model: Path, budget_bytes: int, tokens: int, verified: bool) -> Turn:
     """Load the model and decode `tokens` tokens. Raises UsageError if no layer has to be read from disk."""
     loaded = load(model, cpu_memory=budget_bytes, context_tokens=PROMPT_TOKENS + tokens)
@@ -111,15 +100,7 @@ def take_turn(model: Path, budget_bytes: int, tokens: int, verified: bool) -> Tu
             raise UsageError(f"--cpu-memory {format_bytes(budget_bytes)}: nothing is left on disk; give a smaller one")
         if not verified:
             executor.queue.check = None
-        clock, ids = Clock(), torch.arange(1, PROMPT_TOKENS + 1)[None]
-        loaded.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=clock,
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=None,
-        )
+        clock = clocked(loaded, list(range(1, PROMPT_TOKENS + 1)), tokens)
         first, whole = clock.prompt_seconds, clock.times[-1] - clock.started
         return Turn(first, whole, executor.placement.disk_bytes, measure_limit(executor).bytes_per_second)
     finally:

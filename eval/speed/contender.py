@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offload.clock import Clock
 
 PROMPT_TOKENS = 16
 """Of the prompt that decoding starts from."""
@@ -51,11 +54,29 @@ class Engine:
         return (times[-1] - times[0]) / tokens
 
 
+def clocked(model: Any, prompt: list[int], count: int) -> "Clock":
+    """Let a model of transformers generate `count` tokens, the likeliest each; return when they came."""
+    import torch
+
+    from offload.clock import Clock
+
+    clock, ids = Clock(), torch.tensor([prompt])
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=clock,
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    return clock
+
+
 def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     """This toolkit, through transformers' own `generate()`."""
     import torch
 
-    from offload.clock import Clock
     from offload.executor import executor_of, load
     from offload.limit import measure_limit
 
@@ -67,18 +88,8 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
         assert fresh, "the tokens after a prompt come from generate()"
         return int(loaded(torch.tensor([tokens]), logits_to_keep=1).logits.argmax())
 
-    @torch.inference_mode()
     def generate(prompt: list[int], count: int) -> list[float]:
-        clock, ids = Clock(), torch.tensor([prompt])
-        loaded.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=clock,
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        return clock.times
+        return clocked(loaded, prompt, count).times
 
     def facts() -> dict[str, Any]:
         limit = measure_limit(executor)

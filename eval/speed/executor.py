@@ -23,6 +23,7 @@ from typing import Any
 from eval.speed.contender import ENGINES, PROMPT_TOKENS
 from eval.speed.control_group import memory_limit
 from eval.speed.random_model import SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
+from eval.speed.report import Rows
 from eval.speed.timing import Samples
 from kernels.cpu_matmul import read_seconds
 from offload.command import Progress, format_bytes, parse_bytes, say
@@ -54,15 +55,10 @@ class Turns:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutorReport:
+class ExecutorReport(Rows):
     """What one run measured, a row an engine, shape and budget."""
 
-    measured: tuple[dict[str, Any], ...]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return them."""
-        return list(self.measured)
+    __slots__ = ()
 
     def table(self) -> str:
         """Return a line for each."""
@@ -79,10 +75,6 @@ class ExecutorReport:
                 f"{row['prompt_x_ours']:7.2f} {format_bytes(row['peak_bytes']):>10}"
             )
         return "\n".join(lines)
-
-    def draw(self, path: Path) -> None:
-        """Refuse: there is no picture of this subject."""
-        raise UsageError("--picture: only the kernels are drawn")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

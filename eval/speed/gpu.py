@@ -15,14 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
 
+from eval.speed.report import Rows
 from offload.command import Progress, say
 from offload.errors import UsageError
 
@@ -63,43 +64,39 @@ class Step:
         return [(*self.command, "--shard", f"{index}/{self.shards}") for index in range(self.shards)]
 
 
+class GpuReport(Rows):
+    """What one run did, a row a step."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, outcomes: Iterable["Outcome"]) -> "GpuReport":
+        """Return the report of what became of steps."""
+        return cls(tuple({**asdict(one), "seconds": round(one.seconds, 1)} for one in outcomes))
+
+    def table(self) -> str:
+        """Return a line for each, and whether all passed."""
+        lines = [f"{'step':12} {'':14} {'seconds':>8}  what it said"]
+        lines += [
+            f"{one['step']:12} {one['status']:14} {one['seconds']:8.1f}  {one['figure']}" for one in self.measured
+        ]
+        return "\n".join([*lines, self.failure or "every step that was taken passed"])
+
+    @property
+    def failure(self) -> str | None:
+        """The steps that did not pass, in words."""
+        bad = [one["step"] for one in self.measured if one["status"] in ("failed", "over its limit")]
+        return f"did not pass: {', '.join(bad)}; their logs say why" if bad else None
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a step."""
 
-    name: str
+    step: str
     status: Status
     seconds: float
     figure: str
-
-
-@dataclass(frozen=True, slots=True)
-class GpuReport:
-    """What one run did, a row a step."""
-
-    outcomes: tuple[Outcome, ...]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return them."""
-        return [
-            {"step": one.name, "status": one.status, "seconds": round(one.seconds, 1), "figure": one.figure}
-            for one in self.outcomes
-        ]
-
-    def table(self) -> str:
-        """Return a line for each, and how many did not pass."""
-        lines = [f"{'step':12} {'':14} {'seconds':>8}  what it said"]
-        lines += [f"{one.name:12} {one.status:14} {one.seconds:8.1f}  {one.figure}" for one in self.outcomes]
-        return "\n".join([*lines, "some did not pass" if self.failed else "every step that was taken passed"])
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """The steps that did not pass."""
-        return tuple(one.name for one in self.outcomes if one.status in ("failed", "over its limit"))
-
-    def draw(self, path: Path) -> None:
-        """Refuse: the steps draw their own pictures."""
-        raise UsageError("--picture: the steps draw their own, into --output")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +124,7 @@ def measure(options: argparse.Namespace) -> GpuReport:
     for step in steps:
         outcomes.append(take(step, options.output))
         progress.advance(f"{step.name}: {outcomes[-1].status}")
-    return GpuReport(tuple(outcomes))
+    return GpuReport.of(outcomes)
 
 
 def steps_of(output: Path, dry_run: bool) -> Iterator[Step]:

@@ -113,10 +113,14 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """What one run measured, and the versions of the packages it was set against besides torch."""
+    """What one run measured, and the versions of the packages it was set against besides torch.
+
+    failure: as in `eval.speed.report.Rows`.
+    """
 
     measurements: tuple[Measurement, ...]
     peer_versions: str
+    failure: None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for every contender at every case."""

@@ -8,7 +8,6 @@ through layers that together outgrow the caches. Beside them a loop reads the by
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from eval.speed.report import Rows
 from eval.speed.timing import Samples, Step, copies_in, paired
 from kernels.cpu_matmul import read_seconds
 from offload.cache import Int8Layer, int8_attention
@@ -62,15 +62,10 @@ class Shape:
         return past[0], past[1]
 
 
-@dataclass(frozen=True, slots=True)
-class KVReport:
+class KVReport(Rows):
     """What one run measured, a row a contender and context."""
 
-    measured: tuple[dict[str, Any], ...]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return them."""
-        return list(self.measured)
+    __slots__ = ()
 
     def table(self) -> str:
         """Return a line for each."""
@@ -81,10 +76,6 @@ class KVReport:
             for row in self.measured
         ]
         return "\n".join(lines)
-
-    def draw(self, path: Path) -> None:
-        """Refuse: the table says it all. Raises UsageError."""
-        raise UsageError(f"--picture {path}: there is none of this subject")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,14 +9,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from eval.speed.kv import Shape
+from eval.speed.report import Rows
 from offload.cache import Int8Layer, int8_attention
 from offload.command import Progress, format_bytes
 from offload.errors import UsageError
@@ -28,19 +27,14 @@ from offload.shelved_layer import ShelvedLayer
 _READ_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class KVDiskReport:
+class KVDiskReport(Rows):
     """What one run measured, one row."""
 
-    row: dict[str, Any]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return it."""
-        return [self.row]
+    __slots__ = ()
 
     def table(self) -> str:
         """Return it as lines."""
-        row = self.row
+        (row,) = self.measured
         return (
             f"{row['layers']} layers, {row['context']} tokens, {format_bytes(row['disk_bytes_per_token'])} from disk a "
             f"token{'' if row['direct'] else ' (through the page cache)'}\n"
@@ -48,10 +42,6 @@ class KVDiskReport:
             f"{row['disk_gb_per_s']:.2f}\n"
             f"in memory   {row['memory_ms']:8.2f} ms, {row['of_memory']:.0%} of the time from disk"
         )
-
-    def draw(self, path: Path) -> None:
-        """Refuse: the table says it all. Raises UsageError."""
-        raise UsageError(f"--picture {path}: there is none of this subject")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +69,7 @@ def measure(options: argparse.Namespace) -> KVDiskReport:
             layer.update(*shape.past())
         if not shelf.blobs:
             raise UsageError(f"--context {options.context}: all of it stays in memory; give a longer one")
-        return KVDiskReport(_row(options, shape, on_disk, in_memory, shelf, reader))
+        return KVDiskReport((_row(options, shape, on_disk, in_memory, shelf, reader),))
     finally:
         queue.close()
         reader.close()

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.speed.random_model import SHAPES, write_checkpoint
+from eval.speed.report import Rows
 from offload.command import Progress, format_bytes, parse_bytes
-from offload.errors import ResourceError, UsageError
+from offload.errors import ResourceError
 
 _MODELS = Path("checkpoints") / "random"
 _PROMPT_TOKENS = 8
@@ -43,19 +44,14 @@ class Load:
     failed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ServeReport:
+class ServeReport(Rows):
     """What one run measured, one row."""
 
-    row: dict[str, Any]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return it."""
-        return [self.row]
+    __slots__ = ()
 
     def table(self) -> str:
         """Return it as lines."""
-        row = self.row
+        (row,) = self.measured
         return (
             f"{row['shape']} within {format_bytes(row['budget_bytes'])}, {format_bytes(row['disk_bytes_per_pass'])} "
             f"from disk a pass\n"
@@ -65,10 +61,6 @@ class ServeReport:
             f" {row['failed']} of {row['requests']} requests failed; {row['equal']} of {row['compared']} answers equal "
             f"those of the same client alone; peak {format_bytes(row['peak_bytes'])}"
         )
-
-    def draw(self, path: Path) -> None:
-        """Refuse: there is no picture of this subject."""
-        raise UsageError("--picture: only the kernels are drawn")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +92,7 @@ def measure(options: argparse.Namespace) -> ServeReport:
                 _take_turns(client, url, key, options, number % options.clients, found)
                 progress.advance()
         peak_bytes = _peak_bytes(process.pid)
-    return ServeReport(_row(options, budget_bytes, peak_bytes, found))
+    return ServeReport((_row(options, budget_bytes, peak_bytes, found),))
 
 
 def write_tokenizer(vocabulary: int, directory: Path) -> None:

@@ -7,7 +7,7 @@ accelerate's `cpu_offload` of the same shape in bfloat16 on the same GPU, where 
 import argparse
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.speed.random_model import SHAPES, ModelShape, write_checkpoint
+from eval.speed.report import Rows
 from offload.command import Progress, format_bytes, say
-from offload.errors import UsageError
+from offload.errors import ToolkitError, UsageError
 from offload.executor import executor_of, load, new_cache
 from offload.limit import Limit, measure_limit
 from offload.planning.arrangement import ARRANGEMENTS, WITHOUT_A_DEVICE, arranged
@@ -27,17 +28,13 @@ from offload.trace import Trace
 _MODELS = Path("checkpoints") / "random"
 _PROMPT_TOKENS = 16
 _PEER_TOKENS = 3
+_TRACED_TOKENS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class TiersReport:
+class TiersReport(Rows):
     """What one run measured, a row a tier and batch."""
 
-    measured: tuple[dict[str, Any], ...]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return them."""
-        return list(self.measured)
+    __slots__ = ()
 
     def table(self) -> str:
         """Return a line for each."""
@@ -54,10 +51,6 @@ class TiersReport:
             )
         return "\n".join(lines)
 
-    def draw(self, path: Path) -> None:
-        """Refuse: there is no picture of this subject."""
-        raise UsageError("--picture: only the kernels are drawn")
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subject."""
@@ -68,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=24, help="to decode for each batch")
     add("--prompt-tokens", type=int, default=2048, help="of the prompt whose time is taken")
     add("--models", type=Path, default=_MODELS, help="where the random models are kept")
-    add("--trace", type=Path, metavar="FILE", help="write what one tier does at the first batch as a Perfetto trace")
+    add("--trace", type=Path, metavar="FILE", help="write what one tier does as a Perfetto trace")
     add("--trace-tier", metavar="TIER", help="the tier; default: staged, or the last where that is not among them")
 
 
@@ -92,7 +85,7 @@ def measure(options: argparse.Namespace) -> TiersReport:
         n_gpu_layers=-1 if on_device else None,
     )
     try:
-        rows = _rows(loaded, names, batches, options)
+        rows = list(_rows(loaded, names, batches, options))
     finally:
         executor_of(loaded).close()
     if on_device and (peer := _accelerate_seconds(SHAPES[options.shape])) is not None:
@@ -111,25 +104,41 @@ def _batches(text: str) -> list[int]:
 
 def _rows(
     loaded: PreTrainedModel, names: list[str], batches: list[int], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    executor, rows = executor_of(loaded), []
-    traced_tier = options.trace_tier or ("staged" if "staged" in names else names[-1])
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every tier; one that fails is left out from there on, and said."""
+    traced = options.trace_tier or ("staged" if "staged" in names else names[-1])
     progress = Progress("tier", len(names))
     for name in names:
-        executor.rearrange(arranged(executor.placement, name))
-        prompt_seconds = _prefill(loaded, options.prompt_tokens)
-        for batch in batches:
-            traced = options.trace is not None and name == traced_tier and batch == batches[0]
-            trace = Trace(executor) if traced else None
-            seconds = _decode(loaded, batch, options.tokens)
-            if trace is not None:
-                trace.write(options.trace)
-                say(f"trace of {name}: {trace.describe_links()}")
-            rows.append(
-                _row(name, batch, seconds, measure_limit(executor), prompt_seconds if batch == batches[0] else None)
-            )
+        try:
+            yield from _rows_of(loaded, name, batches, options)
+            if options.trace is not None and name == traced:
+                _trace(loaded, name, options.trace)
+        except (ToolkitError, RuntimeError) as error:  # torch's own are of the second kind
+            say(f"{name}: left out, {type(error).__name__}: {error}")
         progress.advance(name)
-    return rows
+
+
+def _rows_of(
+    loaded: PreTrainedModel, name: str, batches: list[int], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    executor = executor_of(loaded)
+    executor.rearrange(arranged(executor.placement, name))
+    prompt_seconds: float | None = _prefill(loaded, options.prompt_tokens)
+    for batch in batches:
+        seconds = _decode(loaded, batch, options.tokens)
+        yield _row(name, batch, seconds, measure_limit(executor), prompt_seconds)
+        prompt_seconds = None  # of one sequence, whatever decodes
+
+
+def _trace(loaded: PreTrainedModel, name: str, path: Path) -> None:
+    """Write what some tokens more do, which nothing else is timed by."""
+    trace = Trace(executor_of(loaded))
+    try:
+        _decode(loaded, 1, _TRACED_TOKENS)
+        trace.write(path)
+        say(f"trace of {name}: {trace.describe_links()}")
+    finally:
+        trace.close()
 
 
 @torch.inference_mode()
@@ -191,6 +200,14 @@ def _accelerate_seconds(shape: ModelShape) -> float | None:
     if find_spec("accelerate") is None or not torch.cuda.is_available():
         say("accelerate: left out, " + ("not installed" if find_spec("accelerate") is None else "no GPU"))
         return None
+    try:
+        return _decode_offloaded(shape)
+    except Exception as error:  # whatever another package raises
+        say(f"accelerate: left out, {type(error).__name__}: {error}")
+        return None
+
+
+def _decode_offloaded(shape: ModelShape) -> float:
     from accelerate import cpu_offload
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
