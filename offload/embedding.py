@@ -1,6 +1,7 @@
 """Input embeddings that stay in their file: a token reads one row, so they are the cheapest bytes to do without."""
 
 import os
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +46,7 @@ class DiskEmbedding(nn.Module):
             self._descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{blob.path}: cannot be read ({error.strerror})") from None
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         # No row is held; what asks the model for its device and dtype asks the first parameter.
         self.weight = nn.Parameter(torch.empty(0, self.embedding_dim, dtype=dtype), requires_grad=False)
         self._verify()
@@ -62,9 +64,8 @@ class DiskEmbedding(nn.Module):
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._closing()
+        self._descriptor = -1  # its number may be another file's by now
 
     def _verify(self) -> None:
         checksum, left, done = xxhash.xxh3_64(), self.num_embeddings * self._row_bytes, 0

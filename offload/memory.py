@@ -7,6 +7,7 @@ drops exactly what is needed next. They are read into memory of our own, past th
 import ctypes
 import mmap
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,13 +64,14 @@ class FileReader:
     """Reads ranges of files into arenas, from any thread, with few files open at a time.
 
     direct: whether reads go past the page cache. Where the file system refuses that, they are buffered and their pages
-    dropped afterwards.
+    dropped afterwards. A reader that nobody holds any more closes its files.
     """
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, tuple[int, bool]] = OrderedDict()
         self._lock = Lock()
         self.direct = True
+        weakref.finalize(self, _close_files, self._open)
 
     def read_into(self, path: Path, offset: int, nbytes: int, target: memoryview) -> None:
         """Read bytes [offset, offset + nbytes) of a file; offset is a multiple of 4096, target holds whole pages of it.
@@ -98,9 +100,7 @@ class FileReader:
     def close(self) -> None:
         """Close every file."""
         with self._lock:
-            for descriptor, _ in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
+            _close_files(self._open)
 
     @contextmanager
     def _lent(self, path: Path) -> Iterator[tuple[int, bool]]:
@@ -137,6 +137,11 @@ class FileReader:
         descriptor = os.open(path, flags)
         self.direct = False  # only now: a file that is missing says nothing about the file system
         return descriptor, False
+
+
+def _close_files(opened: OrderedDict[Path, tuple[int, bool]]) -> None:
+    while opened:
+        os.close(opened.popitem()[1][0])
 
 
 def whole_pages(nbytes: int) -> int:

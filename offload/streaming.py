@@ -4,6 +4,7 @@ Just before a layer runs its weights are attached, views of the memory they were
 detached. What a device computes is arranged by `offload.device_side`, with the same hooks and the same ring.
 """
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -83,11 +84,16 @@ class Executor:
         tiers = zip(passed, placement.units_tiers, strict=True)
         self.streamed_blobs = [blob for blob, tier in tiers if tier == "disk"]
         self.expert_blobs = [blob for layer in placement.experts_apart for blob in self.units.experts[layer]]
-        self.queue = ReadQueue(self.reader, verify) if self.streamed_blobs or self.expert_blobs else None
+        self.queue = self._new_queue() if self.streamed_blobs or self.expert_blobs else None
         self.slots: Slots | None = None
         if self.queue is not None and self.streamed_blobs:
             self.slots = self._host_ring(self.queue)
         self._lent = None if self.slots is None else LentLayers(self.slots, self._streamed_view)
+
+    def _new_queue(self) -> ReadQueue:
+        queue = ReadQueue(self.reader, verify)
+        weakref.finalize(self, queue.abandon).atexit = False  # a model may be dropped without being closed
+        return queue
 
     def _host_ring(self, queue: ReadQueue) -> Slots:
         placement, fence = self.placement, None
@@ -118,7 +124,7 @@ class Executor:
     def kv_queue(self) -> ReadQueue:
         """Reads keys and values back: the queue of the weights, where some are streamed."""
         if self._kv_queue is None:
-            self._kv_queue = self.queue or ReadQueue(self.reader, verify)
+            self._kv_queue = self.queue or self._new_queue()
         return self._kv_queue
 
     @property

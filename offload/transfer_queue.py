@@ -82,11 +82,15 @@ class TransferQueue(ABC):
 
     def close(self) -> None:
         """Stop working; a wait in another thread raises."""
+        self.abandon()
+        if self._thread is not None:
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """Let the thread stop after what is under way, without waiting for it: also from the thread itself."""
         with self.change:
             self.closed = True
             self.change.notify_all()
-        if self._thread is not None:
-            self._thread.join()
 
     @abstractmethod
     def _perform(self, transfer: Transfer) -> None:

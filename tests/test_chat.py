@@ -220,12 +220,14 @@ class Screen:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self.text, self._seen = descriptor, "", 0
+        self._poll = select.poll()  # select() takes no descriptor above 1023
+        self._poll.register(descriptor, select.POLLIN)
 
     def type(self, keys: str, after: str) -> None:
         deadline = time.monotonic() + 60
         while (found := self.text.find(after, self._seen)) < 0:
-            readable, _, _ = select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            assert readable, f"{after!r} did not come: {self.text!r}"
+            left_ms = max(0.0, deadline - time.monotonic()) * 1000
+            assert self._poll.poll(left_ms), f"{after!r} did not come: {self.text!r}"
             self.text += os.read(self._descriptor, 1 << 16).decode(errors="replace")
         self._seen = found + len(after)
         os.write(self._descriptor, keys.encode())

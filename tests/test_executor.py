@@ -1,9 +1,11 @@
 """Streamed equals resident bit for bit, whatever interrupts it; what does not fit the configuration is refused."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,6 +197,23 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(
     with pytest.raises(ResourceError) as caught:
         load("no-such-directory", **words)
     assert str(caught.value) == f"{named}: no CUDA device here; leave it out"
+
+
+def test_a_model_that_nobody_holds_leaves_no_file_open(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "alone").resolve()
+
+    def open_files() -> int:
+        return sum(path.resolve().is_relative_to(directory) for path in Path("/proc/self/fd").iterdir())
+
+    model = load(directory, device_map="disk", slots=2)
+    logits(model)
+    assert open_files() > 0
+    del model
+    deadline = time.monotonic() + 10
+    while open_files() and time.monotonic() < deadline:
+        gc.collect()  # the reading thread holds its queue until it has stopped
+        time.sleep(0.01)
+    assert open_files() == 0
 
 
 def test_importing_the_room_imports_no_torch() -> None:
