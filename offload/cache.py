@@ -5,7 +5,7 @@ attention and the like stay transformers' own. `use_int8_attention` lets a model
 are; of a model without it, layers hand out what they hold in the model's dtype, which is right, and slow.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,19 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         shape = self.blocks.shape
         while len(self.blocks) * BLOCK_TOKENS < self.tokens + tokens:
             self.blocks.append(KVBlock(shape, torch.empty(shape.nbytes, dtype=torch.uint8, device=self.device)))
+
+    def copied_blocks(self, start: int, end: int) -> list[KVBlock]:
+        """Return copies of the blocks [start, end)."""
+        return [KVBlock(self.blocks.shape, self.blocks[index].memory.clone()) for index in range(start, end)]
+
+    def begin_with(self, blocks: Sequence[KVBlock], dtype: torch.dtype) -> None:
+        """Let an empty layer begin with copies of full blocks. dtype: of the keys and values that they were made of."""
+        assert self._blocks is None, "only an empty layer begins"
+        shape, self.dtype, self.device = blocks[0].shape, dtype, blocks[0].memory.device
+        if self.key_offset is not None:
+            self.key_offset = self.key_offset.to(self.device)
+        self._blocks = KVBlocks(shape, [KVBlock(shape, block.memory.clone()) for block in blocks])
+        self.tokens, self.is_initialized = len(blocks) * BLOCK_TOKENS, True
 
     def move(self, device: torch.device) -> None:
         """Bring every block to a device."""

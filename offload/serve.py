@@ -12,14 +12,19 @@ import secrets
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload.command import Parser, run, say
 from offload.errors import ResourceError, UsageError
 from offload.planning.wishes import Wishes, WishWords, add_wish_flags, words_of
 from offload.source import DEFAULT_OUTPUT, check_made
 
+if TYPE_CHECKING:
+    from offload.serving.prefixes import Prefixes
+    from offload.session import Session
+
 _KEY_VARIABLE = "OFFLOAD_API_KEY"
-_COUNTS = {"context": 2, "max_new_tokens": 1, "parallel": 1, "queue": 1, "grace": 0}
+_COUNTS = {"context": 2, "max_new_tokens": 1, "parallel": 1, "queue": 1, "grace": 0, "prefix_tokens": 0}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=1024, help="tokens of an answer at most")
     add("--parallel", type=int, default=16, help="requests that share the passes; memory is planned for all of them")
     add("--queue", type=int, default=64, help="requests that may wait for those; more are answered 429")
+    add("--prefix-tokens", type=int, default=2048, help="of prompts, kept for those that begin alike; 0 keeps none")
     add("--grace", type=int, default=30, metavar="SECONDS", help="for running requests, once told to end")
     add("--exact", action="store_true", help="float32 activations instead of int8: slower, for proofs")
     add_wish_flags(parser)
@@ -104,7 +110,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     context = min(options.context, prompts.longest_tokens)
     if context < options.context:
         say(f"context  {context} tokens, all that this model takes")
-    session = Session(prompts, options.parallel * context, words, options.exact)
+    session = Session(prompts, options.parallel * context + options.prefix_tokens, words, options.exact)
     say(describe(session.executor.placement))
     limit = measure_limit(session.executor)
     rounds = Rounds(session.model, options.parallel)
@@ -116,6 +122,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
             bounds=Bounds(context, options.max_new_tokens),
             name=options.name or options.model.resolve().name,
             most=options.parallel + options.queue,
+            prefixes=_prefixes(session, options.prefix_tokens),
         )
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
         config = uvicorn.Config(
@@ -131,6 +138,18 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     finally:
         rounds.close()
         session.close()
+
+
+def _prefixes(session: "Session", tokens: int) -> "Prefixes | None":
+    from offload.serving.prefixes import Prefixes
+    from offload.session import PREFILL_CHUNK_TOKENS
+
+    if tokens < PREFILL_CHUNK_TOKENS:  # not one pass
+        return None
+    if not Prefixes.fit(session.new_cache()):
+        say("prompts  each is read anew: the layers of this model do not keep their whole past")
+        return None
+    return Prefixes(tokens)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -348,6 +349,30 @@ def test_what_breaks_inside_is_a_number_for_the_client_and_a_reason_in_the_log(
         assert "[DONE]" not in events
     finally:
         stop(server)
+
+
+def test_a_prompt_that_begins_like_another_is_computed_from_where_they_part(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "long")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    start_of_all = [1 + place % 250 for place in range(600)]
+    asked = [{"prompt": start_of_all + [end] * 9, "temperature": 0.8, "seed": 4} for end in (7, 7, 8)]
+    answers = {}
+    for kept_tokens in (1024, 0):
+        server = start(directory, "--context", "1024", "--parallel", "2", "--prefix-tokens", str(kept_tokens))
+        try:
+            create: Any = server.client().completions.create
+            found = [create(model="tiny", max_tokens=8, **one) for one in asked]
+            text = server.get("/metrics").text
+        finally:
+            stop(server)
+        answers[kept_tokens] = [one.choices[0].text for one in found]
+        reused = [one.usage.prompt_tokens_details.cached_tokens for one in found]
+        assert reused == ([0, 512, 512] if kept_tokens else [0, 0, 0])
+        assert f"offload_reused_tokens_total {sum(reused):.1f}" in text
+    assert answers[1024] == answers[0]
 
 
 def eventually(condition: Any) -> bool:

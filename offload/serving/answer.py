@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from offload.rounds import Cancelled, Sequence
+from offload.serving.prefixes import Prefixes
 from offload.serving.request import Request
 from offload.session import Prompts, Session
 
@@ -65,10 +66,14 @@ class TextFeed(StoppingCriteria):  # type: ignore[misc]
 
 
 class Answer:
-    """What the rounds are to run for a request. Made in the event loop that reads it."""
+    """What the rounds are to run for a request. Made in the event loop that reads it.
 
-    def __init__(self, session: Session, request: Request) -> None:
-        self._session, self._request = session, request
+    prefixes: where prompts begin, None to compute each anew. reused_tokens: of the prompt, what was found there.
+    """
+
+    def __init__(self, session: Session, request: Request, prefixes: Prefixes | None = None) -> None:
+        self._session, self._request, self._prefixes = session, request, prefixes
+        self.reused_tokens = 0
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._error: BaseException | None = None
@@ -98,13 +103,19 @@ class Answer:
         return "stop" if ended else "length"
 
     def _run(self) -> None:
+        cache, prompt = self._session.new_cache(), self._request.tokens
+        if self._prefixes is not None and cache is not None:
+            self.reused_tokens = self._prefixes.take(prompt, cache)
         self._session.generate(
-            self._request.tokens,
+            prompt,
             self._request.new_tokens,
             self._request.sampling,
             self._feed,
+            cache,
             stopping_criteria=StoppingCriteriaList([self._feed]),
         )
+        if self._prefixes is not None and cache is not None:
+            self._prefixes.keep(prompt, cache)
 
     def _end(self, error: BaseException | None) -> None:
         self._error = error

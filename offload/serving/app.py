@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from offload.rounds import Rounds
 from offload.serving.answer import Answer
 from offload.serving.metrics import Metrics
+from offload.serving.prefixes import Prefixes
 from offload.serving.reply import DONE, Replies, error_object, event
 from offload.serving.request import Bounds, Kind, RequestError, check
 from offload.session import Session
@@ -38,6 +39,7 @@ class Service:
     bounds: Bounds
     name: str
     most: int
+    prefixes: Prefixes | None = None
 
     def application(self, key: str) -> ASGIApp:
         """Return the routes, as an application that demands `key` on each of them."""
@@ -95,7 +97,7 @@ class Service:
         if self.rounds.running + self.rounds.waiting >= self.most:
             raise RequestError("too many requests are waiting; try again later", code="queue_full", status=429)
         self.metrics.prompt_tokens.inc(len(request.tokens))
-        answer, replies = Answer(self.session, request), Replies(request, self.name)
+        answer, replies = Answer(self.session, request, self.prefixes), Replies(request, self.name)
         if request.stream:
             return StreamingResponse(self._events(answer, replies), media_type="text/event-stream")
         self.rounds.add(answer.sequence)
@@ -132,6 +134,7 @@ class Service:
     def _end(self, answer: Answer) -> None:
         self.rounds.cancel(answer.sequence)
         self.metrics.new_tokens.inc(answer.new_tokens)
+        self.metrics.reused_tokens.inc(answer.reused_tokens)
 
 
 class _Keyed:

@@ -22,6 +22,9 @@ class Metrics:
         self.prompt_tokens = Counter(
             "offload_prompt_tokens", "Tokens of the prompts that were taken.", registry=registry
         )
+        self.reused_tokens = Counter(
+            "offload_reused_tokens", "Tokens of prompts that began like an earlier one.", registry=registry
+        )
         self.new_tokens = Counter("offload_new_tokens", "Tokens that were generated.", registry=registry)
         registry.register(_RoundsCollector(rounds, executor, limit))
 

@@ -59,9 +59,10 @@ class Replies:
             "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}],
         }
 
-    def _usage(self, answer: Answer) -> dict[str, int]:
+    def _usage(self, answer: Answer) -> dict[str, Any]:
         prompt, new = len(self.request.tokens), answer.new_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return counts | {"prompt_tokens_details": {"cached_tokens": answer.reused_tokens}}
 
 
 def error_object(error: RequestError) -> dict[str, Any]:
