@@ -64,7 +64,7 @@ def _command(argv: list[str]) -> None:
     options.model = opened(options.model, plain=True)
     subject = _subject(options, wishes)
     hypothetical = None if options.machine is None else f"{options.machine} ({subject.machine.description})"
-    runs = not (options.no_confirm or hypothetical or subject.wishes.gpu_word)
+    runs = not (options.no_confirm or hypothetical)
     if runs and subject.wants_rehearsal:
         subject = _rehearsed(options, words, subject)
     from offload.planning.forecast import predict
@@ -207,7 +207,6 @@ def _on_device(wishes: Wishes, machine: "Machine") -> Wishes:
 def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject") -> Confirmation:
     """Load the model as planned, time some tokens, and predict the same for the placement it was loaded with."""
     from offload.planning.forecast import PREFILL_TOKENS, START_TOKENS
-    from offload.planning.placement import Placement
     from offload.planning.trial import run_trial
 
     batch, prompts = subject.batch_size, (START_TOKENS, PREFILL_TOKENS)
@@ -219,7 +218,7 @@ def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject"
         batch_size=batch,
         costs=subject.costs,
     )
-    placement = Placement(trial.tiers, trial.depth, subject.needs, subject.wishes.cpu_bytes)
+    placement = trial.placed(subject.placed())
     short, long = trial.timings
     after = None if trial.disk is None else replace(subject, machine=subject.machine.with_disk(trial.disk))
     return Confirmation(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_device import fake_gpu
 
 from offload.checkpoint import Checkpoint
 from offload.errors import ResourceError
@@ -260,20 +261,46 @@ def test_a_plan_for_another_machine_is_called_hypothetical(
     assert report["device_budget_bytes"] == 24 << 30
 
 
-@pytest.mark.parametrize("device_map", ["auto", "sequential"])
-def test_a_map_that_leaves_the_place_open_takes_a_gpu_that_is_there_and_tries_nothing(
+@pytest.mark.parametrize(
+    ("flags", "tiers"),
+    [
+        (["--device-map", "auto"], {"resident"}),
+        (["--device-map", "sequential"], {"resident"}),
+        (["--n-gpu-layers", "1"], {"resident", "staged"}),
+    ],
+)
+def test_a_plan_with_a_gpu_is_tried_as_it_was_planned_and_not_rehearsed(
+    flags: list[str],
+    tiers: set[str],
     tiny_checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    device_map: str,
 ) -> None:
+    """On a device that is faked, in this process: it would be gone in another one."""
     monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(trial, "run_measurement", lambda directory: DESKTOP)
-    assert main(["--model", str(tiny_checkpoint), "--context", "100", "--device-map", device_map, "--json"]) == 0
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: pytest.fail("rehearsed"))
+    tried: list[Trial] = []
+
+    def run_trial(directory: Path, words: WishWords, prompts: Sequence[int], **more: Any) -> Trial:
+        tried.append(trial.run_trial_here(directory, words, prompts, **more))
+        return tried[-1]
+
+    monkeypatch.setattr(trial, "run_trial", run_trial)
+    with fake_gpu(monkeypatch):
+        assert main(["--model", str(tiny_checkpoint), "--context", "100", *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["tiers"] == ["resident"] * 3
+    assert set(report["tiers"]) == tiers
+    found = tried[0]
+    assert (list(found.tiers), found.way, found.device_depth) == (
+        report["tiers"],
+        report["way_from_disk"],
+        report["device_slots"],
+    )
     assert report["device_budget_bytes"] == 24 << 30
+    assert report["confirmation"].pop("decode_predicted_after") is None
+    assert min(report["confirmation"].values()) > 0
 
 
 def test_a_rehearsal_that_kept_few_layers_does_for_plans_that_keep_few(

@@ -44,9 +44,15 @@ class Subject:
 
     @property
     def wants_rehearsal(self) -> bool:
-        """Whether the model was not rehearsed, or with too few layers in memory, or on disk, for a plan of many."""
-        tiers, rehearsed = self.placed().tiers, self.overheads
-        return tiers.count("host") > 3 * rehearsed.kept or tiers.count("disk") > 3 * rehearsed.streamed
+        """Whether the model was not rehearsed, or with too few layers in memory, or on disk, for a plan of many.
+
+        Never for a plan with a GPU: what is learned there of the host's layers is not what they take without one.
+        """
+        placement, rehearsed = self.placed(), self.overheads
+        tiers = placement.tiers
+        return not placement.uses_device and (
+            tiers.count("host") > 3 * rehearsed.kept or tiers.count("disk") > 3 * rehearsed.streamed
+        )
 
     def placed(self) -> Placement:
         """Choose the placement. Raises ResourceError if nothing fits."""

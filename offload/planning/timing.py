@@ -23,9 +23,9 @@ class Timing:
     """Medians of decoded tokens, in seconds: whole steps, what of them lies between embedding and head, and waits.
 
     prefill_seconds, prefill_wait_seconds: of the pass over the prompt of prompt_tokens. context_tokens: before the
-    token in the middle of those that were decoded. kept_seconds, streamed_seconds: what a layer in memory and one out
-    of the ring computes, on average, 0 if there was none. bytes_read_per_second: of what was read meanwhile, over the
-    time in which something was being read.
+    token in the middle of those that were decoded. kept_seconds, streamed_seconds: what a layer on the host and one out
+    of the ring computes there, on average, 0 if there was none; what a GPU computes is not seen layer by layer.
+    bytes_read_per_second: of what was read meanwhile, over the time in which something was being read.
     """
 
     prompt_tokens: int
@@ -89,7 +89,7 @@ class _Stopwatch:
         self._executor = executor
         self._stamps: list[tuple[float, float]] = []
         self._layers: dict[Tier, list[list[float]]] = {
-            tier: [[] for one in executor.placement.tiers if one == tier] for tier in ("host", "disk")
+            tier: [[] for one in executor.placement.tiers if one == tier] for tier in set(executor.placement.tiers)
         }
         self._reads: list[tuple[int, float, float]] = []
         self._hooks = ExitStack()
@@ -121,7 +121,7 @@ class _Stopwatch:
 
     def layer_seconds(self, tier: Tier) -> float:
         """Return what layers of a tier compute in a pass after the first, on average; 0 if there are none."""
-        rows = self._layers[tier]
+        rows = self._layers.get(tier, [])
         return sum(statistics.median(row[1:]) for row in rows) / len(rows) if rows else 0.0
 
     def bytes_read_per_second(self, after: float) -> float:

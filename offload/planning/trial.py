@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,25 +17,43 @@ from offload.command import run
 from offload.errors import InputError, ResourceError, ToolkitError, UsageError
 from offload.executor import executor_of, load
 from offload.planning.machine import DiskRate, Machine, measure, time_disk
-from offload.planning.predict import Costs, Tier
+from offload.planning.placement import Placement
+from offload.planning.predict import Costs, Tier, Way
 from offload.planning.timing import Timing, time_decode
 from offload.planning.wishes import WishWords
 
 _MOST_STEPS, _LEAST_STEPS = 24, 4
 _RUN_SECONDS = 4.0
+_DECIDED = ("tiers", "depth", "device_depth", "way", "embedding_on_disk", "head_tiers", "experts_apart", "expert_slots")
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What a trial found: the placement it was loaded with, one timing for each prompt, and the disk right after.
 
-    disk: None if nothing was streamed.
+    disk: None if nothing was streamed. The other fields are those of `Placement`.
     """
 
     tiers: tuple[Tier, ...]
     depth: int
     timings: tuple[Timing, ...]
     disk: DiskRate | None = None
+    device_depth: int = 0
+    way: Way = "host"
+    embedding_on_disk: bool = False
+    head_tiers: tuple[Tier, ...] = ()
+    experts_apart: tuple[int, ...] = ()
+    expert_slots: int = 0
+
+    @classmethod
+    def of(cls, placement: Placement, timings: Sequence[Timing], disk: DiskRate | None) -> "Trial":
+        """Return what was found of a placement."""
+        decided = {name: getattr(placement, name) for name in _DECIDED}
+        return cls(timings=tuple(timings), disk=disk, **decided)
+
+    def placed(self, planned: Placement) -> Placement:
+        """Return the placement that was tried, of the model and the budgets of one that was planned."""
+        return replace(planned, **{name: getattr(self, name) for name in _DECIDED})
 
 
 def run_trial(
@@ -60,9 +78,36 @@ def run_trial(
         "costs": None if costs is None else asdict(costs),
     }
     answer = _ask(request)
-    timings = tuple(Timing(**timing) for timing in answer["timings"])
-    disk = None if answer["disk"] is None else DiskRate(**answer["disk"])
-    return Trial(tuple(answer["tiers"]), answer["depth"], timings, disk)
+    timings = tuple(Timing(**timing) for timing in answer.pop("timings"))
+    disk = answer.pop("disk")
+    return Trial(timings=timings, disk=None if disk is None else DiskRate(**disk), **_with_tuples(answer))
+
+
+def run_trial_here(
+    directory: Path,
+    words: WishWords,
+    prompts: Sequence[int],
+    *,
+    context_tokens: int,
+    batch_size: int = 1,
+    costs: Costs | None = None,
+) -> Trial:
+    """Do what `run_trial` does in this process."""
+    model = load(directory, context_tokens=context_tokens, batch_size=batch_size, costs=costs, **words)
+    executor = executor_of(model)
+    prompts = [max(1, min(prompt, context_tokens - _LEAST_STEPS - 2)) for prompt in prompts]
+    for _ in range(2):  # the first checks every layer that is read for the first time
+        warm = time_decode(model, prompts[0], 2, batch_size)
+    steps = round(min(_MOST_STEPS, max(_LEAST_STEPS, _RUN_SECONDS / warm.step_seconds)))
+    timings = [
+        time_decode(model, prompt, max(2, min(steps, context_tokens - prompt - 1)), batch_size) for prompt in prompts
+    ]
+    disk = None
+    if executor.slots is not None:
+        executor.slots.reset()
+        disk = time_disk(executor.streamed_blobs, executor.reader, executor.slots.arenas[0])
+    executor.close()
+    return Trial.of(executor.placement, timings, disk)
 
 
 def run_measurement(directory: Path) -> Machine:
@@ -98,36 +143,19 @@ def _command(argv: list[str]) -> None:
         blobs = [blob for blob in Checkpoint.open(request["measure"]).blobs if blob.module]
         print(json.dumps(asdict(measure(blobs))))
         return
-    context_tokens, batch_size = request["context_tokens"], request["batch_size"]
-    model = load(
-        request["directory"],
-        context_tokens=context_tokens,
-        batch_size=batch_size,
-        costs=None if request["costs"] is None else _costs(request["costs"]),
-        **cast(WishWords, request["words"]),
+    trial = run_trial_here(
+        Path(request["directory"]),
+        cast(WishWords, request["words"]),
+        request["prompts"],
+        context_tokens=request["context_tokens"],
+        batch_size=request["batch_size"],
+        costs=None if request["costs"] is None else Costs(**_with_tuples(request["costs"])),
     )
-    executor = executor_of(model)
-    prompts = [max(1, min(prompt, context_tokens - _LEAST_STEPS - 2)) for prompt in request["prompts"]]
-    for _ in range(2):  # the first checks every layer that is read for the first time
-        warm = time_decode(model, prompts[0], 2, batch_size)
-    steps = round(min(_MOST_STEPS, max(_LEAST_STEPS, _RUN_SECONDS / warm.step_seconds)))
-    timings = [
-        time_decode(model, prompt, max(2, min(steps, context_tokens - prompt - 1)), batch_size) for prompt in prompts
-    ]
-    disk = None
-    if executor.slots is not None:
-        executor.slots.reset()
-        disk = time_disk(executor.streamed_blobs, executor.reader, executor.slots.arenas[0])
-    executor.close()
-    placement = executor.placement
-    print(json.dumps(asdict(Trial(placement.tiers, placement.depth, tuple(timings), disk))))
+    print(json.dumps(asdict(trial)))
 
 
-def _costs(values: dict[str, Any]) -> Costs:
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return Costs(**fields)
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 if __name__ == "__main__":
