@@ -6,6 +6,7 @@ else of the model is touched, so `generate()`, beams, streamers and assisted dec
 
 import inspect
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,7 +26,8 @@ from offload.memory import trim_memory
 from offload.model_tensors import check_tensors, replace_linears
 from offload.names import checkpoint_in_model
 from offload.planning.choice import plan
-from offload.planning.needs import count_needs
+from offload.planning.needs import Needs, count_needs
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords, flag
 from offload.recovery import recover
@@ -84,9 +86,13 @@ def load(
         kv=wishes.kv,
         kv_bytes=wishes.kv_bytes,
     )
+    placement: Placement | None = None
     if device is not None:
-        wishes = wishes.within(device.total_bytes)
-    executor = Executor(model, checkpoint, units, plan(needs, wishes, costs), poison=poison, device=device)
+        placement = _planned_on(device, needs, wishes, costs)
+        wishes = wishes.within(device.total_bytes) if placement is not None else wishes
+    if placement is None:
+        device, placement = None, plan(replace(needs, device_runtime_bytes=0), wishes, costs)
+    executor = Executor(model, checkpoint, units, placement, poison=poison, device=device)
     try:
         executor.attach()
         _finish(model, executor, wishes, costs)
@@ -137,6 +143,17 @@ def wished_device(wishes: Wishes) -> Device | None:
         if wishes.kv_bytes is not None:
             raise UsageError(f"--kv-memory and {asked}: keys and values on disk are not for a GPU; leave one out")
     return device if wishes.kv_bytes is None else None
+
+
+def _planned_on(device: Device, needs: Needs, wishes: Wishes, costs: Costs | None) -> Placement | None:
+    """Return a placement on the GPU, None if it has no room and nobody asked for it. Raises ResourceError."""
+    try:
+        return plan(needs, wishes.within(device.total_bytes), costs)
+    except ResourceError as error:
+        if wishes.gpu_word is not None:
+            raise
+        _log.warning("the GPU is left out, everything is computed on the host: %s", error)
+        return None
 
 
 def _canonical_strides(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -174,6 +174,20 @@ def test_memory_that_cannot_be_pinned_is_gone_around_and_said(
     assert not refused.pinned
 
 
+def test_a_gpu_that_others_have_filled_is_left_out_unless_it_was_asked_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fake_gpu(monkeypatch) as device:
+        device.used_bytes = device.total_bytes
+        model = load(tiny_checkpoint, device_map="auto")
+        assert set(executor_of(model).placement.tiers) == {"host"}
+        assert executor_of(model).device_side is None
+        assert "the GPU is left out, everything is computed on the host: " in caplog.text
+        assert same(passes(model), passes(load(tiny_checkpoint)))
+        with pytest.raises(ResourceError, match="too small for this model"):
+            load(tiny_checkpoint, n_gpu_layers=1)
+
+
 @pytest.mark.parametrize("name", ["resident", "staged, 2 slots", "mapped"])
 def test_a_gpu_that_is_full_is_an_error_and_leaves_nothing_pinned(
     name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
