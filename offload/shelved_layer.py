@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels.attention import CHUNK_TOKENS
-from kernels.kv_block import BLOCK_TOKENS
+from kernels.kv_block import BLOCK_TOKENS, select_sequences
 from offload.cache import INT8_ATTENTION, Int8Layer, KVCache
 from offload.errors import UsageError
 from offload.kv_shelf import CHUNK_BLOCKS, Chunk, Shelf
@@ -25,6 +25,9 @@ class ShelvedLayer(Int8Layer):
         super().__init__(key_offset, direct=True)
         self._index, self._shelf = index, shelf
         self._chunks: list[Chunk | None] = []  # None: on the shelf
+        self._orders: dict[
+            int, Tensor
+        ] = {}  # of chunks on the shelf: which sequence of theirs each sequence goes on from
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Add N tokens, [B, K, N, D], no more than a chunk of them in memory at once; return stand-ins of all."""
@@ -61,6 +64,7 @@ class ShelvedLayer(Int8Layer):
                 yield part
                 continue
             with self._shelf.lend(self._index, number - self._first) as lent:
+                self._reorder(number, lent)  # what was read is given up afterwards
                 self._place(number, lent)
                 try:
                     yield part
@@ -82,25 +86,45 @@ class ShelvedLayer(Int8Layer):
             if chunk is None:
                 chunk = self._chunks[number] = Chunk(self.blocks.shape)
                 self._shelf.fetch(self._index, number - self._first, chunk)
+                self._reorder(number, chunk)
             self.blocks.truncate(number * CHUNK_BLOCKS)
             for block in chunk.blocks:
                 self.blocks.append(block)
         self._shelf.forget(self._index, self._chunks.count(None))
+        shelved = [place for place, one in enumerate(self._chunks) if one is None]
+        self._orders = {place: order for place, order in self._orders.items() if place in shelved}
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self._chunks.clear()
+        self._orders.clear()
         self._shelf.forget(self._index, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Raise UsageError unless every sequence goes on as it is: chunks on the shelf are never written again."""
+        """Let sequence i go on from what sequence `indices[i]` held, int64 [B], as beams do.
+
+        What is on the shelf stays as it was written, and is put in order whenever it is read. Raises UsageError if
+        there are to be more sequences or fewer.
+        """
         if self._blocks is None:
             return
+        chosen = (indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).cpu()
         everyone = torch.arange(self._blocks.shape.batch)
-        chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        if not torch.equal(chosen.cpu(), everyone):
-            raise UsageError("--kv-memory: beams and batches that change need all keys and values in memory")
+        if len(chosen) != len(everyone):
+            raise UsageError("--kv-memory: batches that grow or shrink need all keys and values in memory")
+        if torch.equal(chosen, everyone):
+            return
+        for number, chunk in enumerate(self._chunks):
+            if chunk is None:
+                self._orders[number] = self._orders.get(number, everyone)[chosen]
+            else:
+                _select(chunk, chosen)
+
+    def _reorder(self, number: int, chunk: Chunk) -> None:
+        """Put a chunk, as it was read, in the order of the sequences."""
+        if number in self._orders:
+            _select(chunk, self._orders[number])
 
     @property
     def _first(self) -> int:
@@ -110,6 +134,11 @@ class ShelvedLayer(Int8Layer):
     def _place(self, number: int, chunk: Chunk | None) -> None:
         for at in range(CHUNK_BLOCKS):
             self.blocks.place(number * CHUNK_BLOCKS + at, None if chunk is None else chunk.blocks[at])
+
+
+def _select(chunk: Chunk, sequences: Tensor) -> None:
+    for block in chunk.blocks:
+        block.memory.copy_(select_sequences(block, sequences).memory)
 
 
 def shelved_cache(model: PreTrainedModel, queue: ReadQueue, budget_bytes: int) -> KVCache:

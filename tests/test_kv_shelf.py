@@ -82,6 +82,40 @@ def test_generate_goes_on_from_what_is_on_disk(model: PreTrainedModel, queue: Re
     assert cache.get_seq_length() == resident.get_seq_length() > 2 * CHUNK_TOKENS
 
 
+@torch.inference_mode()
+def batch_logits(model: PreTrainedModel, cache: Cache, steps: int) -> Tensor:
+    """The logits of three texts that go on from each other: after each step, and after a crop into what was on disk."""
+    texts, found = torch.cat([tokens(2 * CHUNK_TOKENS + 60 + seed)[:, seed:] for seed in range(3)]), []
+    orders = ([2, 0, 0], [1, 1, 2], [0, 1, 2], [2, 1, 0])
+    passes = [texts, *torch.cat([tokens(steps)] * 3).split(1, dim=1)]
+    for number, part in enumerate(passes):
+        found.append(model(part, past_key_values=cache, logits_to_keep=1).logits)
+        cache.reorder_cache(torch.tensor(orders[number % 4]))
+        if number == steps // 2:
+            cache.crop(-CHUNK_TOKENS)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_sequences_that_go_on_from_others_take_what_those_have_on_disk(
+    model: PreTrainedModel, queue: ReadQueue, chunks: int
+) -> None:
+    expected = batch_logits(model, KVCache.of(model), 10)
+    pages = whole_pages(CHUNK_BLOCKS * BlockShape(3, 2, 16, 16).nbytes)
+    cache = shelved_cache(model, queue, (LAYERS * chunks + SLOTS) * pages)
+    assert torch.equal(batch_logits(model, cache, 10), expected)
+    assert queue.bytes_read > 0
+
+
+def test_beams_go_on_from_what_is_on_disk(model: PreTrainedModel, queue: ReadQueue) -> None:
+    prompt, options = tokens(2 * CHUNK_TOKENS + 100), {"num_beams": 3, "max_new_tokens": 24}
+    pages = whole_pages(CHUNK_BLOCKS * BlockShape(3, 2, 16, 16).nbytes)
+    cache = shelved_cache(model, queue, (LAYERS + SLOTS) * pages)
+    found = generate(model, cache, prompt, **options)
+    assert queue.bytes_read > 0
+    assert found == generate(model, KVCache.of(model), prompt, **options)
+
+
 @pytest.mark.parametrize("left", [3 * CHUNK_TOKENS, 2 * CHUNK_TOKENS + 1, CHUNK_TOKENS, 70, 0])
 def test_what_is_cropped_into_is_written_again(model: PreTrainedModel, queue: ReadQueue, left: int) -> None:
     text, more = tokens(3 * CHUNK_TOKENS + 50), [tokens(1500), *tokens(4).split(1, dim=1)]
@@ -123,7 +157,7 @@ def test_what_cannot_be_is_refused(model: PreTrainedModel, queue: ReadQueue) -> 
     cache = shelved_cache(model, queue, budget(1))
     logits(model, cache, tokens(9))
     cache.reorder_cache(torch.tensor([0]))
-    with pytest.raises(UsageError, match="--kv-memory: beams and batches that change need all keys"):
+    with pytest.raises(UsageError, match="--kv-memory: batches that grow or shrink need all keys"):
         cache.batch_repeat_interleave(2)
     capped = tiny(Gemma2Config, sliding_window=1024, query_pre_attn_scalar=16)
     use_int8_attention(capped)
