@@ -23,7 +23,7 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 _AMX = (*_AVX512, "-mavx512vbmi", "-mf16c", "-mamx-tile", "-mamx-int8")
-_FLAGS_BY_FILE = {"api.cpp": (), "attention.cpp": (), "decoder.cpp": (), "portable.cpp": ()}
+_FLAGS_BY_FILE = {"api.cpp": (), "attention.cpp": (), "decoder.cpp": (), "portable.cpp": (), "relay.cpp": ()}
 _X86_FLAGS_BY_FILE = {"avx2.cpp": _AVX2, "avx512.cpp": _AVX512, "amx.cpp": _AMX}
 
 

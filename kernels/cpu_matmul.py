@@ -84,6 +84,8 @@ def compiled_library() -> ctypes.CDLL | None:
     library.int4_fast.argtypes = [*weight, pointer, long, pointer, pointer, pointer]
     library.int4_exact.argtypes = [*weight, pointer, long, pointer, pointer]
     library.int4_dequantize.argtypes = [*weight, pointer, long, long]
+    library.int4_relay_awq.argtypes = [integer, pointer, pointer, long, long]
+    library.int4_relay_awq.restype = None
     library.int4_read_seconds.argtypes = [integer, integer, pointer, long]
     library.int4_read_seconds.restype = ctypes.c_double
     for function in (library.int4_fast, library.int4_exact, library.int4_dequantize):

@@ -12,6 +12,7 @@ Both mean W[n, k] = (q[n, k] - z[n, g]) * s[n, g] for g the group of k, as here.
 import torch
 from torch import Tensor
 
+from kernels.cpu_repack import awq_codes_cpu
 from kernels.packed import PackedWeight, codes_per_word, pack_zero, symmetric_zero, unpack
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -25,18 +26,29 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, symmetric: bool) -
     """
     inputs, rows = qweight.shape[0], qweight.shape[1] * 8
     groups = _groups(qzeros, scales, inputs, rows, rows // 8)
-    first, second = qweight.view(inputs // 2, 2, rows // 8).unbind(1)  # of two inputs, which share a byte here
-    low = first & _LOW_NIBBLES | (second & _LOW_NIBBLES) << 4
-    high = first >> 4 & _LOW_NIBBLES | second & ~_LOW_NIBBLES
-    codes = torch.empty(rows // 8, 8, inputs // 2, dtype=torch.uint8)
-    for part, places in ((low, _AWQ_ORDER[0::2]), (high, _AWQ_ORDER[1::2])):
-        turned = part.view(torch.uint8).t().contiguous().view(rows // 8, 4, inputs // 2)
-        for byte, place in enumerate(places):
-            codes[:, place] = turned[:, byte]
+    if inputs % 2:
+        raise ValueError(f"{inputs} inputs; expected an even number, two codes in a byte")
+    codes = awq_codes_cpu(qweight)
+    if codes is None:
+        codes = awq_codes(qweight)
     zero = torch.empty(rows, groups, dtype=torch.uint8)
     for nibble, row in enumerate(_AWQ_ORDER):
         zero[row::8] = (qzeros >> 4 * nibble & 15).t()
-    return _packed(codes.view(rows, inputs // 2), scales, zero, symmetric, 4)
+    return _packed(codes, scales, zero, symmetric, 4)
+
+
+def awq_codes(qweight: Tensor) -> Tensor:
+    """Return codes uint8 [N, K/2] of AWQ's qweight int32 [K, N/8], K even, through torch."""
+    inputs, words = qweight.shape
+    first, second = qweight.view(inputs // 2, 2, words).unbind(1)  # of two inputs, which share a byte here
+    low = first & _LOW_NIBBLES | (second & _LOW_NIBBLES) << 4
+    high = first >> 4 & _LOW_NIBBLES | second & ~_LOW_NIBBLES
+    codes = torch.empty(words, 8, inputs // 2, dtype=torch.uint8)
+    for part, places in ((low, _AWQ_ORDER[0::2]), (high, _AWQ_ORDER[1::2])):
+        turned = part.view(torch.uint8).t().contiguous().view(words, 4, inputs // 2)
+        for byte, place in enumerate(places):
+            codes[:, place] = turned[:, byte]
+    return codes.view(words * 8, inputs // 2)
 
 
 def from_gptq(

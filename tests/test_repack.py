@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kernels.cpu_repack import awq_codes_cpu
 from kernels.packed import PackedWeight, dequantize, pack, unpack
-from kernels.repack import from_awq, from_gptq
+from kernels.repack import awq_codes, from_awq, from_gptq
 from kernels.repack import to_awq as to_awq_of
 from kernels.repack import to_gptq as to_gptq_of
 from tests.packers import random_grid, to_awq, to_gptq
@@ -22,6 +23,22 @@ def test_awq(rows: int, inputs: int, group_size: int, symmetric: bool) -> None:
     assert torch.equal(codes.long(), grid.codes)
     assert torch.equal(zero.long(), grid.zero)
     assert torch.equal(weight.scale, grid.scale)
+
+
+@pytest.mark.parametrize(("inputs", "words"), [(2, 1), (62, 15), (64, 16), (66, 17), (258, 50)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_and_torch_relay_awq_alike(inputs: int, words: int, threads: int) -> None:
+    qweight = torch.randint(-(2**31), 2**31 - 1, (inputs, words), dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = awq_codes_cpu(qweight)
+        if found is None:
+            pytest.skip("no compiled kernels")
+        assert torch.equal(found, awq_codes(qweight))
+        assert torch.equal(awq_codes_cpu(qweight.t().contiguous().t()), found)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("first_version", [True, False])
