@@ -62,12 +62,13 @@ class Prefixes:
     def keep(self, prompt: Sequence[int], cache: Cache) -> None:
         """Copy from a cache what it holds of the whole passes of `prompt`, and forget what was not used for longest."""
         keys = self._keys(prompt)[: self._most]
-        for index, key in enumerate(keys):
-            if key not in self._passes:
-                self._passes[key] = self._copied(cache, index)
-        self._use(keys)
-        while len(self._passes) > self._most:
+        new = [key for key in keys if key not in self._passes]
+        self._use([key for key in keys if key in self._passes])
+        while len(self._passes) + len(new) > self._most:  # before anything is copied: the room is what was planned
             self._passes.popitem(last=False)
+        for key in new:
+            self._passes[key] = self._copied(cache, len(key) // self._pass_tokens - 1)
+        self._use(keys)
 
     def _keys(self, prompt: Sequence[int]) -> list[tuple[int, ...]]:
         ends = range(self._pass_tokens, len(prompt) + 1, self._pass_tokens)
