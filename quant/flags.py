@@ -45,7 +45,8 @@ def method_parser(name: str, needs_inputs: bool) -> argparse.ArgumentParser:
             metavar="BITS",
             help="8 bits where they pay most, up to BITS a weight, all counted",
         )
-    parser.set_defaults(target_bits=None)
+        add("--kv", choices=["int8"], help="calibrate the int8 cache of the result as well, as quant.kv does")
+    parser.set_defaults(target_bits=None, kv=None)
     return parser
 
 

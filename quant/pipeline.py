@@ -29,11 +29,14 @@ from offload.source import files_around
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 from quant.cost import Windows
 from quant.flags import method_parser, with_changes
+from quant.kv import calibrate as calibrate_cache
 from quant.model_card import model_card
 from quant.plan import Plan, make_plan, with_grids
 from quant.preflight import Footprint, describe, footprint, smallest_memory
 from quant.sensitivity import average_bits, widen
 from quant.walk import Method, Walk
+
+_KV_WINDOWS = 16
 
 _TEXT_BYTES = 64 << 20
 """A tokenizer and the text, where they are not loaded yet: 50 MiB for the embedded ones."""
@@ -114,7 +117,17 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
                 read_json(plan.directory / CONFIG_NAME),
                 files | {RUN_NAME: _json(_taken(plan, started) | {"layers": left})},
             )
+    if options.kv is not None:
+        assert windows is not None, "the flag is for methods that calibrate"
+        _calibrate_kv(output, windows[:_KV_WINDOWS], calibration, options)
     _report(Checkpoint.open(output), plan, started, options.json)
+
+
+def _calibrate_kv(output: Path, windows: Tensor, calibration: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Calibrate the cache of what was written, on the first of the windows that its weights were calibrated on."""
+    text = {"text": calibration["calibration_name"], "text_sha256": calibration["calibration_sha256"]}
+    amount = {"num_samples": len(windows), "seq_len": options.seq_len, "seed": options.seed}
+    calibrate_cache(output, windows, text | amount, options.cpu_memory)
 
 
 def _as_known_outside(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:

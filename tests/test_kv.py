@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from offload.checkpoint import MANIFEST_NAME, Checkpoint
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load, new_cache
 from offload.kv_calibration import KV_NAME, read_kv
+from quant import awq, gptq, rtn
 from quant.kv import listen, main
 
 FLAGS = ["--num-samples", "3", "--seq-len", "48"]
@@ -63,6 +65,22 @@ def test_a_calibrated_checkpoint_is_used_with_its_offsets(
     assert (tiny_copy / KV_NAME).read_bytes() == content
     assert main([*flags, "--seed", "1"]) == 0
     assert (tiny_copy / KV_NAME).read_bytes() != content
+
+
+@pytest.mark.parametrize("method", [awq, gptq])
+def test_it_is_calibrated_in_the_run_that_makes_the_weights_too(
+    method: ModuleType, tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model", str(tiny_model), "--output", str(out), "--calibration", str(calibration_text), *FLAGS]
+    assert method.main([*arguments, "--kv", "int8"]) == 0
+    at_once = read_kv(Checkpoint.open(out))
+    assert list(at_once) == [0, 1, 2]
+    assert main(["--model", str(out), "--calibration", str(calibration_text), *FLAGS]) == 0  # the same three windows
+    for index, layer in read_kv(Checkpoint.open(out)).items():
+        assert torch.equal(layer.key_offset, at_once[index].key_offset)
+    with pytest.raises(SystemExit):
+        rtn.main(["--model", str(tiny_model), "--output", str(out), "--kv", "int8"])
 
 
 def test_a_file_that_is_not_the_calibrated_one_is_refused(tiny_copy: Path, calibration_text: Path) -> None:
