@@ -154,12 +154,13 @@ class Shelf:
                     self._fill(self._after(wanted))
 
     def _fill(self, wanted: tuple[int, int]) -> None:
-        """Queue a chunk and those after it as far as there are free slots. The lock is held."""
-        while self._free and wanted not in self._held:
-            slot = self._free.popleft()
-            layer, number = wanted
-            read = self.queue.put(self._stored[layer][number], self._slots[slot].arena, self._owner)
-            self._held[wanted] = _Held(slot, read)
+        """Queue a chunk and those after it, as many as there are slots, unless they are held. The lock is held."""
+        for _ in self._slots:
+            if self._free and wanted not in self._held:
+                slot = self._free.popleft()
+                layer, number = wanted
+                read = self.queue.put(self._stored[layer][number], self._slots[slot].arena, self._owner)
+                self._held[wanted] = _Held(slot, read)
             wanted = self._after(wanted)
 
     def _after(self, chunk: tuple[int, int]) -> tuple[int, int]:

@@ -147,6 +147,20 @@ def test_a_pass_that_was_abandoned_and_a_reset_leave_nothing_behind(model: PreTr
     assert not path.exists()
 
 
+def test_the_next_chunk_is_always_read_while_one_is_attended_to(model: PreTrainedModel, queue: ReadQueue) -> None:
+    cache = shelved_cache(model, queue, budget(1))
+    logits(model, cache, tokens(6 * CHUNK_TOKENS + 1))
+    order = [(layer, number) for layer in range(LAYERS) for number in range(6)]
+    shelf, walked = cache.layers[0]._shelf, []
+    for _ in range(2):
+        for layer in cache.layers:
+            for start, _ in layer.parts():
+                if start < 6 * CHUNK_TOKENS:  # the last chunk is in memory
+                    walked.append((layer._index, start // CHUNK_TOKENS))
+                    assert set(shelf._held) == {walked[-1], order[len(walked) % len(order)]}
+    assert walked == order * 2
+
+
 def test_what_cannot_be_is_refused(model: PreTrainedModel, queue: ReadQueue) -> None:
     with pytest.raises(
         ResourceError, match=r"--kv-memory .*: 2 layers take .* at least, 1024 tokens of each and 2 times"
