@@ -25,9 +25,7 @@ class ShelvedLayer(Int8Layer):
         super().__init__(key_offset, direct=True)
         self._index, self._shelf = index, shelf
         self._chunks: list[Chunk | None] = []  # None: on the shelf
-        self._orders: dict[
-            int, Tensor
-        ] = {}  # of chunks on the shelf: which sequence of theirs each sequence goes on from
+        self._orders: dict[int, Tensor] = {}  # of chunks on the shelf: which of their sequences each one goes on from
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Add N tokens, [B, K, N, D], no more than a chunk of them in memory at once; return stand-ins of all."""
