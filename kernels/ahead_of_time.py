@@ -20,8 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.attention import MOST_FUSED_QUERIES
 from kernels.kv_block import BLOCK_TOKENS
-from kernels.triton_attention import ROWS, AttentionTile
+from kernels.triton_attention import AttentionTile
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
 from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
 from kernels.triton_matmul import TUNINGS, Tile
@@ -150,18 +151,18 @@ def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constan
 
 def _attention(dtype: str, dim: int) -> Iterator[Configuration]:
     """Yield what attention over 8-bit keys and values launches for heads of `dim` elements."""
-    tile, label = AttentionTile.of(dim, dim), f"{dtype}, heads of {dim}"
-    constants: dict[str, Any] = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_TOKENS": BLOCK_TOKENS}
-    constants |= {"KEY_BLOCK": tile.key_block, "VALUE_BLOCK": tile.value_block, "STEP": tile.step_tokens}
-    constants |= {"GROUP": 4, "BLOCK_M": ROWS, "PTX": True}
+    label = f"{dtype}, heads of {dim}"
     arguments = {"query_BHND": f"*{dtype}", "addresses": "*i64", "scaling_log2": "fp32"}
     arguments |= {"out_SBNHD": "*fp32", "logsum_SBNH": "*fp32"}
-    for masked in (False, True):
+    for queries, masked in product((1, MOST_FUSED_QUERIES + 1), (False, True)):
+        tile = AttentionTile.of(dim, dim, queries)
+        constants: dict[str, Any] = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_TOKENS": BLOCK_TOKENS, "PTX": True}
+        constants |= {"KEY_BLOCK": tile.key_block, "VALUE_BLOCK": tile.value_block, "STEP": tile.step_tokens}
+        constants |= {"GROUP": 4, "BLOCK_M": tile.rows, "HAS_MASK": masked}
+        constants |= {} if masked else {"mask_BNT": None}
         seen = {"mask_BNT": "*u8"} if masked else {}
-        more = {"HAS_MASK": masked} | ({} if masked else {"mask_BNT": None})
-        name = f"attention, {label}, {'masked' if masked else 'causal'}"
-        warps, stages = tile.num_warps, tile.num_stages
-        yield _configuration(name, attention_kernel, arguments | seen, constants | more, warps, stages)
+        name = f"attention of {tile.rows} rows, {label}, {'masked' if masked else 'causal'}"
+        yield _configuration(name, attention_kernel, arguments | seen, constants, tile.num_warps, tile.num_stages)
     merged = {"part_SRD": "*fp32", "logsum_SR": "*fp32", "out_RD": f"*{dtype}"}
     sizes = {"VALUE_DIM": dim, "VALUE_BLOCK": tile.value_block}
     yield _configuration(f"merge, {label}", merge_kernel, merged, sizes, 1, 3)

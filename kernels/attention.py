@@ -1,15 +1,17 @@
 """The one door to attention over 8-bit keys and values: picks how it is computed, and takes the context part by part.
 
-Up to MOST_FUSED_QUERIES new tokens the codes are read directly. For more, as in a prompt, keys and values of some
-tokens at a time are dequantised and given to torch's fused attention, and the parts are merged by their logarithmic
-sums (online softmax, arXiv:2112.05682, section 2): whole contexts in the model's dtype never exist.
+On the CPU up to MOST_FUSED_QUERIES new tokens read the codes directly. For more, as in a prompt, keys and values of
+some tokens at a time are dequantised and given to torch's fused attention, and the parts are merged by their
+logarithmic sums (online softmax, arXiv:2112.05682, section 2): whole contexts in the model's dtype never exist. On a
+GPU all read the codes, part by part too, so that a context may be larger than its memory.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from kernels.cpu_attention import CompiledAttention, append_tokens_cpu
 from kernels.cpu_matmul import compiled_library
@@ -55,14 +57,21 @@ def attention(
     """
     if query_BHND.shape[1] % context.shape.key_heads:
         raise ValueError(f"{query_BHND.shape[1]} heads cannot share {context.shape.key_heads} key heads evenly")
-    fused = query_BHND.shape[2] <= MOST_FUSED_QUERIES
-    if query_BHND.is_cuda:
-        return (_fused_on_device if fused else _on_device)(query_BHND, context, scaling, mask)
-    kind = CompiledAttention if fused and compiled_library() is not None else DequantizedAttention
-    attending = kind(query_BHND, context, scaling, mask)
+    attending = _kind(query_BHND)(query_BHND, context, scaling, mask)
     for first, last in [(0, context.tokens)] if parts is None else parts:
         attending.attend(first, last)
-    return attending.result()
+    out: Tensor = attending.result()
+    return out
+
+
+def _kind(query_BHND: Tensor) -> Any:
+    """Return what attends to a context for such queries."""
+    if query_BHND.is_cuda:
+        from kernels.triton_attention import TritonAttention  # triton is no dependency without a GPU
+
+        return TritonAttention
+    fused = query_BHND.shape[2] <= MOST_FUSED_QUERIES and compiled_library() is not None
+    return CompiledAttention if fused else DequantizedAttention
 
 
 class DequantizedAttention:
@@ -116,16 +125,3 @@ def visible_tokens(queries: int, tokens: int, first: int, last: int, mask: Tenso
         return None
     own = torch.arange(tokens - queries, tokens)[:, None]
     return (torch.arange(first, last) <= own)[None, None]
-
-
-def _fused_on_device(query_BHND: Tensor, context: KVContext, scaling: float, mask: Tensor | None) -> Tensor:
-    from kernels.triton_attention import attention_triton  # triton is no dependency without a GPU
-
-    return attention_triton(query_BHND, context, scaling, mask)
-
-
-def _on_device(query_BHND: Tensor, context: KVContext, scaling: float, mask: Tensor | None) -> Tensor:
-    keys, values = dequantize_blocks(context, query_BHND.dtype)
-    visible = visible_tokens(query_BHND.shape[2], context.tokens, 0, context.tokens, mask)
-    visible = None if visible is None else visible.to(query_BHND.device)
-    return scaled_dot_product_attention(query_BHND, keys, values, visible, scale=scaling, enable_gqa=True)

@@ -23,6 +23,7 @@ Axes in names: B batch, H query heads, K key heads, N new tokens or queries, T t
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ BLOCK_TOKENS = 64
 """Tokens of a block: enough for one read or copy to be long, few enough that a half-empty last one costs little."""
 
 _CODE_MAX = 127
+_MOST_TABLES = 4096
 _SCALE_BYTES = 2
 
 
@@ -106,7 +108,6 @@ class KVBlocks:
         self.shape = shape
         self.addresses = array("q")
         self._blocks: list[KVBlock | None] = []
-        self._device_addresses: Tensor | None = None
         for block in blocks:
             self.append(block)
 
@@ -116,26 +117,25 @@ class KVBlocks:
             raise ValueError(f"a block of {block.shape} among those of {self.shape}")
         self._blocks.append(block)
         self.addresses.append(block.memory.data_ptr())
-        self._device_addresses = None
 
     def place(self, index: int, block: KVBlock | None) -> None:
         """Say where a block lies now; None: not in memory, so that nobody may ask for it."""
         self._blocks[index] = block
         self.addresses[index] = 0 if block is None else block.memory.data_ptr()
-        self._device_addresses = None
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` blocks."""
         if count < len(self):
             del self._blocks[count:]
             del self.addresses[count:]
-            self._device_addresses = None
 
-    def device_addresses(self, device: torch.device) -> Tensor:
-        """Return the addresses, int64 [blocks], on a device that reads them; copied when one came, went or moved."""
-        if self._device_addresses is None or self._device_addresses.device != device:
-            self._device_addresses = torch.tensor(self.addresses, dtype=torch.int64, device=device)
-        return self._device_addresses
+    def device_addresses(self, device: torch.device, first: int = 0, last: int | None = None) -> Tensor:
+        """Return the addresses of the blocks first..last, int64, on a device that reads them.
+
+        They are copied there when they are asked for first, a copy that the host waits for: memory that is used again
+        and again, as slots are, has them there already.
+        """
+        return _addresses_on(device, self.addresses[first:last].tobytes())
 
     def __reduce__(self) -> tuple[type["KVBlocks"], tuple[BlockShape, tuple[KVBlock, ...]]]:
         """Let a copy have addresses of its own blocks. Every block has to be in memory."""
@@ -175,6 +175,11 @@ class KVContext:
     def shape(self) -> BlockShape:
         """That of every block."""
         return self.blocks.shape
+
+
+@lru_cache(maxsize=_MOST_TABLES)
+def _addresses_on(device: torch.device, addresses: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(addresses), dtype=torch.int64).to(device)
 
 
 def quantize_tokens(x_BKND: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ is ever converted. Values become halves, exactly; the weights that they meet are
 the largest of the step, so that halves hold them whatever the range of the model's dtype.
 
 Where a block lies comes from a table of addresses; what is in it is in kernels/kv_block.py, as are the letters.
-S splits.
+S splits of those that one launch takes.
 """
 
 import triton
@@ -51,7 +51,9 @@ def _part(address, start, kind: tl.constexpr):
     return tl.multiple_of((address + start).to(tl.pointer_type(kind)), 16)
 
 
-@triton.jit(do_not_specialize=["batch", "N", "tokens", "steps_per_split", "mask_stride_B", "mask_stride_N"])
+@triton.jit(
+    do_not_specialize=["batch", "N", "tokens", "first_split", "steps_per_split", "mask_stride_B", "mask_stride_N"]
+)
 def attention_kernel(
     query_BHND,
     addresses,
@@ -69,6 +71,7 @@ def attention_kernel(
     key_heads,
     N,
     tokens,
+    first_split,
     steps_per_split,
     GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -81,7 +84,10 @@ def attention_kernel(
     HAS_MASK: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """BLOCK_M queries of one key head over one split: their mean value, and the logarithm of their sum to base 2."""
+    """BLOCK_M queries of one key head over one split: their mean value, and the logarithm of their sum to base 2.
+
+    The table of addresses begins with the first block of the first split.
+    """
     sequence, key_head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
     split = tl.program_id(1)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -111,10 +117,11 @@ def attention_kernel(
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     mean = tl.zeros((BLOCK_M, VALUE_BLOCK), dtype=tl.float32)
     rows = batch * key_heads * BLOCK_TOKENS
-    first = split * steps_per_split
+    before = first_split * steps_per_split
+    first = before + split * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(tokens, STEP))
     for step in range(first, last):
-        address = tl.load(addresses + step * STEP // BLOCK_TOKENS)
+        address = tl.load(addresses + (step - before) * STEP // BLOCK_TOKENS)
         own = tl.program_id(0) * BLOCK_TOKENS + step * STEP % BLOCK_TOKENS + tl.arange(0, STEP)
         token = step * STEP + tl.arange(0, STEP)
         held = token < tokens
@@ -164,7 +171,10 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["R", "splits"])
 def merge_kernel(part_SRD, logsum_SR, out_RD, R, splits, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr):
-    """One of R rows: the splits' means, weighed by their sums, added in order."""
+    """One of R rows: the splits' means, weighed by their sums, added in order; the first logsum becomes that of all.
+
+    `out_RD` may be the first split's means.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, VALUE_BLOCK)
     largest = -float("inf")
@@ -179,6 +189,7 @@ def merge_kernel(part_SRD, logsum_SR, out_RD, R, splits, VALUE_DIM: tl.constexpr
         weights += weight
         total += weight * part
     total = tl.where(weights == 0, 0.0, total / weights)
+    tl.store(logsum_SR + row, base + tl.log2(weights))
     tl.store(out_RD + row * VALUE_DIM + d, total.to(out_RD.dtype.element_ty), mask=d < VALUE_DIM)
 
 

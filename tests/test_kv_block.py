@@ -116,7 +116,7 @@ def test_parts_that_do_not_fit_are_refused(make: object, told: str) -> None:
         make()  # type: ignore[operator]
 
 
-def test_addresses_on_a_device_are_copied_when_a_block_came_went_or_moved_and_not_before() -> None:
+def test_addresses_on_a_device_are_copied_once_for_the_places_that_blocks_are_in() -> None:
     def block() -> KVBlock:
         return KVBlock(SHAPES[0], torch.empty(SHAPES[0].nbytes, dtype=torch.uint8))
 
@@ -130,5 +130,12 @@ def test_addresses_on_a_device_are_copied_when_a_block_came_went_or_moved_and_no
     assert blocks.device_addresses(there).tolist() == list(blocks.addresses)
     elsewhere = blocks.device_addresses(torch.device("meta"))
     assert elsewhere.device.type == "meta"
-    blocks.place(0, block())
-    assert blocks.device_addresses(there).tolist() == list(blocks.addresses)
+    first, other = blocks[0], block()
+    tables = []
+    for lent in (first, other, first, other):
+        blocks.place(0, lent)
+        tables.append(blocks.device_addresses(there, 0, 1))
+        assert tables[-1].tolist() == [lent.memory.data_ptr()]
+    assert tables[0] is tables[2]
+    assert tables[1] is tables[3]
+    assert blocks.device_addresses(there, 1).tolist() == list(blocks.addresses)[1:]

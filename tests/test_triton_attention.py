@@ -13,11 +13,18 @@ from test_attention import BF16, CASES, FP16, FP32, Case, empty_blocks, random_c
 from torch import Tensor
 
 from kernels.ahead_of_time import compile_one, configurations
-from kernels.kv_block import BlockShape, KVContext, write_tokens
+from kernels.attention import CHUNK_TOKENS, MOST_FUSED_QUERIES
+from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock, KVBlocks, KVContext, write_tokens
 from kernels.reference import attention_reference
-from kernels.triton_attention import MOST_SPLITS, SPLIT_TOKENS, append_tokens_triton, attention_triton, split_tokens
+from kernels.triton_attention import MOST_SPLITS, SPLIT_TOKENS, TritonAttention, append_tokens_triton, split_tokens
 
-SPLIT_CASES = [Case(tokens=2 * SPLIT_TOKENS + 77, group=3), Case(tokens=300, queries=7), Case(tokens=64, queries=16)]
+SPLIT_CASES = [
+    Case(tokens=2 * SPLIT_TOKENS + 77, group=3),
+    Case(tokens=300, queries=7),
+    Case(tokens=64, queries=16),
+    Case(tokens=90, queries=MOST_FUSED_QUERIES + 1, group=3),
+    Case(BlockShape(2, 1, 32, 32), tokens=2 * CHUNK_TOKENS + 9, queries=MOST_FUSED_QUERIES + 9),
+]
 ODD = Case(BlockShape(2, 2, 64, 64), tokens=600, queries=7)
 
 
@@ -27,7 +34,35 @@ def poisoned(*arguments: Any, **options: Any) -> Tensor:
 
 def interpreted(query: Tensor, context: KVContext, mask: Tensor | None = None) -> Tensor:
     with patch("kernels.triton_attention.torch.empty", poisoned):
-        return attention_triton(query, context, 1.0, mask)
+        attending = TritonAttention(query, context, 1.0, mask)
+        attending.attend(0, context.tokens)
+        return attending.result()
+
+
+def interpreted_parts(queries: int) -> None:
+    """Assert that a context of which two chunks are in memory at once, in turn, gives the bits of a whole one."""
+    torch.manual_seed(0)
+    case = Case(BlockShape(2, 1, 32, 32), tokens=3 * CHUNK_TOKENS + 77, queries=queries)
+    context, query, mask = random_context(case), random_query(case), random_mask(case)
+    whole = KVBlocks(case.shape, list(context.blocks))
+    chunk_blocks = CHUNK_TOKENS // BLOCK_TOKENS
+    slots = [[torch.empty_like(block.memory) for block in list(whole)[:chunk_blocks]] for _ in range(2)]
+    for seen in (None, mask):
+        expected = interpreted(query, context, seen)
+        with patch("kernels.triton_attention.torch.empty", poisoned):
+            attending = TritonAttention(query, KVContext(context.blocks, case.tokens), 1.0, seen)
+            for index in range(len(whole)):
+                context.blocks.place(index, None)
+            for number, first in enumerate(range(0, case.tokens, CHUNK_TOKENS)):
+                lent = range(number * chunk_blocks, min((number + 1) * chunk_blocks, len(whole)))
+                for index, memory in zip(lent, slots[number % 2], strict=False):
+                    context.blocks.place(index, KVBlock(case.shape, memory.copy_(whole[index].memory)))
+                attending.attend(first, min(first + CHUNK_TOKENS, case.tokens))
+                for index in lent:
+                    context.blocks.place(index, None)
+            assert torch.equal(attending.result(), expected)
+        for index, block in enumerate(whole):
+            context.blocks.place(index, block)
 
 
 def interpreted_errors(case: Case) -> list[float]:
@@ -96,6 +131,13 @@ def test_interpreted_queries_do_not_see_who_else_asks(interpreter: ProcessPoolEx
     interpreter.submit(interpreted_queries_alone).result(timeout=120)
 
 
+@pytest.mark.parametrize("queries", [1, 3, MOST_FUSED_QUERIES + 4])
+def test_interpreted_parts_of_a_context_give_the_bits_of_the_whole(
+    interpreter: ProcessPoolExecutor, queries: int
+) -> None:
+    interpreter.submit(interpreted_parts, queries).result(timeout=120)
+
+
 def test_interpreted_masks_hide_tokens(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(interpreted_masks).result(timeout=120)
 
@@ -110,13 +152,13 @@ def test_interpreted_appending_writes_the_bytes_of_the_reference(
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 16384, 16385, 1 << 20])
 def test_splits_are_whole_steps_and_few(tokens: int) -> None:
     split = split_tokens(tokens)
-    assert split % SPLIT_TOKENS == 0
-    assert -(-tokens // split) <= MOST_SPLITS
+    assert CHUNK_TOKENS % split == split % SPLIT_TOKENS == 0
+    assert split == CHUNK_TOKENS or -(-tokens // split) <= MOST_SPLITS
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_attention_compiles_ahead_of_time_without_spilling(capability: int) -> None:
-    named = (c for c in configurations(capability) if c.name == "attention, bf16, heads of 128, masked")
+    named = (c for c in configurations(capability) if c.name == "attention of 16 rows, bf16, heads of 128, masked")
     compiled = compile_one(next(named), capability)
     assert compiled.failures(fused=True, most_instructions=None) == []
     assert compiled.tensor_core_instructions
