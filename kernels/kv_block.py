@@ -72,6 +72,10 @@ class KVBlock:
         if found != (torch.uint8, (self.shape.nbytes,), True):
             raise ValueError(f"memory: expected contiguous uint8 [{self.shape.nbytes}], found {found}")
 
+    def copy(self, device: torch.device | None = None) -> "KVBlock":
+        """Return a block of the same bytes in memory of its own, on a device, None for the same one."""
+        return KVBlock(self.shape, self.memory.to(device or self.memory.device, copy=True))
+
     @property
     def key_codes(self) -> Tensor:
         """int8 [batch, key_heads, BLOCK_TOKENS, key_dim], a view."""

@@ -84,16 +84,20 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def copied_blocks(self, start: int, end: int) -> list[KVBlock]:
         """Return copies of the blocks [start, end)."""
-        return [KVBlock(self.blocks.shape, self.blocks[index].memory.clone()) for index in range(start, end)]
+        return [self.blocks[index].copy() for index in range(start, end)]
 
-    def begin_with(self, blocks: Sequence[KVBlock], dtype: torch.dtype) -> None:
-        """Let an empty layer begin with copies of full blocks. dtype: of the keys and values that they were made of."""
+    def begin_with(self, blocks: Sequence[KVBlock], dtype: torch.dtype, tokens: int | None = None) -> None:
+        """Let an empty layer begin with these blocks, which are its own then.
+
+        dtype: of the keys and values that they were made of. tokens: in them, None if all are full.
+        """
         assert self._blocks is None, "only an empty layer begins"
         shape, self.dtype, self.device = blocks[0].shape, dtype, blocks[0].memory.device
         if self.key_offset is not None:
             self.key_offset = self.key_offset.to(self.device)
-        self._blocks = KVBlocks(shape, [KVBlock(shape, block.memory.clone()) for block in blocks])
-        self.tokens, self.is_initialized = len(blocks) * BLOCK_TOKENS, True
+        self._blocks = KVBlocks(shape, blocks)
+        self.tokens = len(blocks) * BLOCK_TOKENS if tokens is None else tokens
+        self.is_initialized = True
 
     def move(self, device: torch.device) -> None:
         """Bring every block to a device."""

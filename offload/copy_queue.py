@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offload.checkpoint import LayerBlob
 from offload.device import Device, Fence, Stamp
-from offload.memory import Arena
+from offload.memory import Memory
 from offload.transfer import Slots
 from offload.transfer_queue import Transfer, TransferQueue
 
@@ -39,7 +39,7 @@ class Lender(Protocol):
 class Kept:
     """Lends arenas that stay what they are."""
 
-    def __init__(self, arenas: Sequence[Arena]) -> None:
+    def __init__(self, arenas: Sequence[Memory]) -> None:
         self.arenas = arenas
 
     def wait(self, position: int) -> int:
@@ -119,7 +119,7 @@ class CopyQueue(TransferQueue):
             if transfer.after is not None:
                 self._device.copies_wait(transfer.after)
             count = transfer.blob.nbytes
-            copy = self._device.copy if arena.pinned or self._bounce is None else self._bounce.copy
+            copy = self._device.copy if self._bounce is None or arena.pinned else self._bounce.copy
             started = None if self.on_copy is None else self._device.stamp_copies()
             copy(transfer.arena.bytes[:count], arena.bytes[:count])
             transfer.ready = self._device.mark_copies()

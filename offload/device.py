@@ -66,6 +66,9 @@ class Device(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
 
+    def copy_back(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of as many bytes from the device into pinned memory, in the same stream."""
+
     def mark_copies(self) -> Fence:
         """Return a fence behind the copies that are queued."""
 
@@ -179,6 +182,11 @@ class CudaDevice:
         """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+
+    def copy_back(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of as many bytes from the device into pinned memory, in the same stream."""
+        source.record_stream(self._copies)  # torch may be given the source back before it is copied
+        self.copy(target, source)
 
     def mark_copies(self) -> Fence:
         """Return a fence behind the copies that are queued."""

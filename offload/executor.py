@@ -22,6 +22,7 @@ from offload.device import Device, find_device
 from offload.errors import ResourceError, UsageError
 from offload.files import reading
 from offload.kv_calibration import read_kv
+from offload.kv_store import FileStore, HostStore
 from offload.memory import trim_memory
 from offload.model_tensors import check_tensors, replace_linears
 from offload.names import checkpoint_in_model
@@ -91,7 +92,7 @@ def load(
         placement = _planned_on(device, needs, wishes, costs)
         wishes = wishes.within(device.total_bytes) if placement is not None else wishes
     if placement is None:
-        device, placement = None, plan(replace(needs, device_runtime_bytes=0), wishes, costs)
+        device, placement = None, plan(replace(needs, device_runtime_bytes=0, shelf_bytes=0), wishes, costs)
     executor = Executor(model, checkpoint, units, placement, poison=poison, device=device)
     try:
         executor.attach()
@@ -128,10 +129,7 @@ def _finish(model: PreTrainedModel, executor: Executor, wishes: Wishes, costs: C
 
 
 def wished_device(wishes: Wishes) -> Device | None:
-    """Return the GPU if a wish needs one, or lets it be used. Raises ResourceError if it needs one and there is none.
-
-    Keys and values on disk are for layers that the host computes: UsageError.
-    """
+    """Return the GPU if a wish needs one or lets it be used. Raises ResourceError if one is needed and none is here."""
     if wishes.gpu_word is None and not wishes.anywhere:
         return None
     device = find_device()
@@ -140,9 +138,7 @@ def wished_device(wishes: Wishes) -> Device | None:
         asked = f"{flag(word)}{value and f' {value}'}"
         if device is None:
             raise ResourceError(f"{asked}: no CUDA device here; leave it out")
-        if wishes.kv_bytes is not None:
-            raise UsageError(f"--kv-memory and {asked}: keys and values on disk are not for a GPU; leave one out")
-    return device if wishes.kv_bytes is None else None
+    return device
 
 
 def _planned_on(device: Device, needs: Needs, wishes: Wishes, costs: Costs | None) -> Placement | None:
@@ -176,9 +172,15 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     executor = executor_of(model)
     if executor.kv is None:
         return DynamicCache(config=model.config)
-    return (
-        KVCache.of(model) if executor.kv_bytes is None else shelved_cache(model, executor.kv_queue, executor.kv_bytes)
-    )
+    if executor.kv_bytes is None:
+        return KVCache.of(model)
+    side = executor.device_side
+    if side is None:
+        return shelved_cache(model, FileStore(executor.kv_queue), executor.kv_bytes, poison=executor.poison)
+    hows = executor.placement.hows
+    on_host = [at for at, how in enumerate(hows) if how == "host"]
+    store = HostStore(side.device, len(hows) - len(on_host))
+    return shelved_cache(model, store, executor.kv_bytes, on_host, executor.poison)
 
 
 def _generate_with_new_cache(model: PreTrainedModel) -> None:

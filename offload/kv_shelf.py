@@ -1,145 +1,190 @@
-"""Keys and values beyond the memory given to them: chunks in a temporary file, read back ahead of their use.
+"""Keys and values beyond the memory given to them: chunks that are elsewhere, brought back ahead of their use.
 
-A chunk holds CHUNK_TOKENS tokens of one layer, what attention takes at a time. It is written once, when it is full, and
-never changes. Reads go through the queue that streams the weights, in the order of a pass: the next chunk of a layer,
-the first of the next layer, and around the end of the model into the next token.
+A chunk holds CHUNK_TOKENS tokens of one layer, what attention takes at a time. It is put away once, when it is full,
+and never changes. It comes back through a queue, in the order of a pass: the next chunk of a layer, the first of the
+next layer, and around the end of the model into the next token. Where chunks are meanwhile: `offload/kv_store.py`.
 """
 
-import os
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from weakref import finalize
+from typing import Any, Protocol
+
+import torch
 
 from kernels.attention import CHUNK_TOKENS
 from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock
 from offload.checkpoint import LayerBlob
 from offload.command import format_bytes
+from offload.device import Fence
 from offload.errors import ResourceError
-from offload.memory import Arena, whole_pages
-from offload.read_queue import ReadQueue
-from offload.source import cache_directory
-from offload.transfer_queue import Transfer
+from offload.memory import Memory, whole_pages
+from offload.transfer_queue import Transfer, TransferQueue
 
 CHUNK_BLOCKS = CHUNK_TOKENS // BLOCK_TOKENS
 """Blocks of a chunk."""
 
 SLOTS = 2
-"""Chunks that are read into in turn: one is attended to while the other is read."""
+"""Chunks at least that are brought back into in turn: one is attended to while the other is on its way."""
+
+SPARE = 1
+"""Full chunks whose memory is not yet free while others are filled: they are on their way out."""
 
 
 class Chunk:
-    """The blocks of a chunk, side by side in one arena."""
+    """The blocks of a chunk, side by side in one memory, where attention reads them.
 
-    def __init__(self, shape: BlockShape) -> None:
-        self.arena = Arena(CHUNK_BLOCKS * shape.nbytes)
+    free: behind what still reads the memory, of one that is to be written to again; None for nothing.
+    """
+
+    def __init__(self, shape: BlockShape, memory: Memory) -> None:
+        self.memory = memory
+        self.free: Fence | None = None
         size = (shape.nbytes,)
         self.blocks = [
-            KVBlock(shape, self.arena.tensor(index * size[0], size[0], size, self.arena.bytes.dtype))
+            KVBlock(shape, memory.tensor(index * size[0], size[0], size, memory.bytes.dtype))
             for index in range(CHUNK_BLOCKS)
         ]
 
 
-def resident_chunks(budget_bytes: int, layers: int, chunk_bytes: int) -> int:
-    """Return how many chunks of every layer fit the budget beside the slots, the one that is written to among them.
+class Store(Protocol):
+    """Where chunks are that attention does not have at hand. queue: the way back."""
 
-    A budget of 0 is for one. Raises ResourceError if one does not fit another budget.
+    queue: Any
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Return memory where attention reads it."""
+
+    def put(self, chunk: Chunk) -> LayerBlob:
+        """Keep what is in a full chunk. Raises ResourceError if there is no room."""
+
+    def drop(self, blob: LayerBlob) -> None:
+        """Forget what was kept."""
+
+    def fence(self) -> Fence | None:
+        """Return one behind everything that still reads a chunk, None where only this thread does."""
+
+    def wait_for(self, fence: Fence | None) -> None:
+        """Let what attention does from now on begin behind a fence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a budget is shared out to: chunks of every layer that stay at hand, the one that is written to among them,
+    and slots that all layers share.
     """
-    pages = whole_pages(chunk_bytes)
+
+    chunks: int
+    slots: int
+
+
+def share_out(budget_bytes: int, layers: int, chunk_bytes: int) -> Room:
+    """Share a budget out; what does not do for one chunk more of every layer becomes slots.
+
+    A budget of 0 is for one chunk of each, and two slots. Raises ResourceError if that does not fit another budget.
+    """
     if budget_bytes == 0:
-        return 1
-    count = (budget_bytes - SLOTS * pages) // (layers * pages)
-    if count < 1:
+        return Room(1, SLOTS)
+    pages = whole_pages(chunk_bytes)
+    held = budget_bytes // pages - SPARE
+    if held < layers + SLOTS:
         raise ResourceError(
-            f"--kv-memory {format_bytes(budget_bytes)}: {layers} layers take {format_bytes((layers + SLOTS) * pages)} "
-            f"at least, {CHUNK_TOKENS} tokens of each and {SLOTS} times that of one to read into"
+            f"--kv-memory {format_bytes(budget_bytes)}: {layers} layers take "
+            f"{format_bytes((layers + SLOTS + SPARE) * pages)} at least, {CHUNK_TOKENS} tokens of each and "
+            f"{SLOTS + SPARE} times that of one on the way"
         )
-    return count
+    chunks = (held - SLOTS) // layers
+    return Room(chunks, held - layers * chunks)
 
 
-def shelved_bytes(budget_bytes: int, layers: int, shape: BlockShape, tokens: int) -> int:
-    """Return what so many tokens take in memory under a budget, slots included. Raises as `resident_chunks`."""
+def shelved_bytes(budget_bytes: int, layers: int, shape: BlockShape, tokens: int) -> tuple[int, int]:
+    """Return what so many tokens take under a budget: at hand, slots included, and elsewhere. Raises as `share_out`."""
     pages = whole_pages(CHUNK_BLOCKS * shape.nbytes)
-    stay = resident_chunks(budget_bytes, layers, CHUNK_BLOCKS * shape.nbytes)
-    chunks = -(-tokens // CHUNK_TOKENS)
-    return layers * chunks * pages if chunks <= stay else (layers * stay + SLOTS) * pages
+    room = share_out(budget_bytes, layers, CHUNK_BLOCKS * shape.nbytes)
+    away = tokens // CHUNK_TOKENS - room.chunks + 1  # the last at hand is put away once it is full
+    if away <= 0:
+        return layers * -(-tokens // CHUNK_TOKENS) * pages, 0
+    return (layers * room.chunks + room.slots + SPARE) * pages, layers * away * pages
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     slot: int
-    read: Transfer
+    way: Transfer
 
 
 class Shelf:
-    """The file and the slots of one cache. budget_bytes: for all its `layers` in memory; queue: reads."""
+    """The slots of one cache. budget_bytes: for all its `layers` at hand. poison: freed slots become NaN, for tests."""
 
-    def __init__(self, queue: ReadQueue, budget_bytes: int, layers: int) -> None:
-        self.queue, self.budget_bytes, self.layers = queue, budget_bytes, layers
-        cache_directory().mkdir(parents=True, exist_ok=True)
-        self._descriptor, name = tempfile.mkstemp(dir=cache_directory(), prefix="kv-")
-        self.path = Path(name)
-        finalize(self, _delete, self._descriptor, self.path)
+    def __init__(self, store: Store, budget_bytes: int, layers: int, poison: bool = False) -> None:
+        self.store, self.budget_bytes, self.layers, self._poison = store, budget_bytes, layers, poison
         self._stored: list[list[LayerBlob]] = [[] for _ in range(layers)]
-        self._owner = object()  # of the reads; the queue keeps its last one, which is not to keep the file
-        self._spare: list[int] = []
-        self._end = 0
+        self._owner = object()  # of the transfers; the queue keeps its last one, which is not to keep what is stored
+        self._written: deque[Chunk] = deque()
         self._slots: list[Chunk] = []
         self._free: deque[int] = deque()
         self._held: dict[tuple[int, int], _Held] = {}
 
     @property
+    def queue(self) -> TransferQueue:
+        """The way back."""
+        queue: TransferQueue = self.store.queue
+        return queue
+
+    @property
     def blobs(self) -> list[LayerBlob]:
-        """The chunks in the file, in the order in which a pass reads them."""
+        """The chunks that are stored, in the order in which a pass takes them."""
         return [blob for of_layer in self._stored for blob in of_layer]
 
-    def resident(self, shape: BlockShape) -> int:
-        """Return how many chunks of each layer stay in memory. Raises ResourceError, see `resident_chunks`."""
-        return resident_chunks(self.budget_bytes, self.layers, CHUNK_BLOCKS * shape.nbytes)
+    def room(self, shape: BlockShape) -> Room:
+        """Return what stays at hand. Raises ResourceError, see `share_out`."""
+        return share_out(self.budget_bytes, self.layers, CHUNK_BLOCKS * shape.nbytes)
+
+    def take(self, shape: BlockShape) -> Chunk:
+        """Return a chunk to write to, at hand."""
+        if len(self._written) <= SPARE:
+            return self._new(shape)
+        chunk = self._written.popleft()
+        self.store.wait_for(chunk.free)
+        return chunk
 
     def put(self, layer: int, chunk: Chunk) -> None:
-        """Write a full chunk behind those of its layer. Raises ResourceError if the disk takes no more."""
-        nbytes = chunk.arena.nbytes
+        """Put a full chunk away, behind those of its layer; its memory is for others then. Raises ResourceError."""
+        shape = chunk.blocks[0].shape
         if not self._slots:
-            self._slots = [Chunk(chunk.blocks[0].shape) for _ in range(SLOTS)]
-            self._free.extend(range(SLOTS))
-        place = self._spare.pop() if self._spare else self._end
-        try:
-            written = 0
-            while written < nbytes:
-                written += os.pwrite(self._descriptor, chunk.arena.view(written, nbytes - written), place + written)
-        except OSError as error:
-            raise ResourceError(f"{self.path}: keys and values cannot be written ({error.strerror})") from None
-        self._end = max(self._end, place + nbytes)
+            self._slots = [self._new(shape) for _ in range(self.room(shape).slots)]
+            self._free.extend(range(len(self._slots)))
+        blob = self.store.put(chunk)
+        self._written.append(chunk)
         with self.queue.change:
-            self._stored[layer].append(LayerBlob(self.path, "", place, nbytes, {}, {}))
+            self._stored[layer].append(blob)
 
     def forget(self, layer: int, kept: int) -> None:
         """Drop all but the first `kept` chunks of a layer."""
         with self.queue.change:
             if self._stored[layer][kept:]:
                 self._reset()
-                self._spare += [blob.offset for blob in self._stored[layer][kept:]]
+                for blob in self._stored[layer][kept:]:
+                    self.store.drop(blob)
                 del self._stored[layer][kept:]
 
     def fetch(self, layer: int, number: int, chunk: Chunk) -> None:
-        """Read a chunk into memory that is to keep it. Raises what the read raised."""
+        """Bring a chunk back into memory that is to keep it. Raises what the transfer raised."""
         with self.queue.change:
-            self.queue.wait(self.queue.put(self._stored[layer][number], chunk.arena, self._owner, urgent=True))
+            blob, after = self._stored[layer][number], self.store.fence()
+            self.queue.wait(self.queue.put(blob, chunk.memory, self._owner, urgent=True, after=after))
 
     @contextmanager
     def lend(self, layer: int, number: int) -> Iterator[Chunk]:
-        """Have a chunk in memory for a while, and the next ones read meanwhile. Raises what its read raised."""
+        """Have a chunk at hand for a while, and the next ones on their way. Raises what its transfer raised."""
         wanted = (layer, number)
         with self.queue.change:
             if wanted not in self._held and not self._free:
                 self._reset()  # a pass was abandoned, or went another way
             self._fill(wanted)
             try:
-                self.queue.wait(self._held[wanted].read, [held.read for held in self._held.values()])
+                self.queue.wait(self._held[wanted].way, [held.way for held in self._held.values()])
             except BaseException:
                 if not self.queue.closed:
                     self._reset()
@@ -150,17 +195,22 @@ class Shelf:
         finally:
             with self.queue.change:
                 if self._held.pop(wanted, None) is not None:
-                    self._free.append(slot)
+                    self._put_back(slot)
                     self._fill(self._after(wanted))
+
+    def _new(self, shape: BlockShape) -> Chunk:
+        with torch.inference_mode(False):  # it outlives the mode of the caller
+            return Chunk(shape, self.store.allocate(CHUNK_BLOCKS * shape.nbytes))
 
     def _fill(self, wanted: tuple[int, int]) -> None:
         """Queue a chunk and those after it, as many as there are slots, unless they are held. The lock is held."""
         for _ in self._slots:
             if self._free and wanted not in self._held:
-                slot = self._free.popleft()
-                layer, number = wanted
-                read = self.queue.put(self._stored[layer][number], self._slots[slot].arena, self._owner)
-                self._held[wanted] = _Held(slot, read)
+                number = self._free.popleft()
+                slot, blob = self._slots[number], self._stored[wanted[0]][wanted[1]]
+                after, slot.free = slot.free, None
+                way = self.queue.put(blob, slot.memory, self._owner, after=after)
+                self._held[wanted] = _Held(number, way)
             wanted = self._after(wanted)
 
     def _after(self, chunk: tuple[int, int]) -> tuple[int, int]:
@@ -172,9 +222,15 @@ class Shelf:
     def _reset(self) -> None:
         self.queue.withdraw(self._owner)
         self._held.clear()
-        self._free = deque(range(len(self._slots)))
+        self._free.clear()
+        for number in range(len(self._slots)):
+            self._put_back(number)
 
-
-def _delete(descriptor: int, path: Path) -> None:
-    os.close(descriptor)
-    path.unlink(missing_ok=True)
+    def _put_back(self, number: int) -> None:
+        slot, fence = self._slots[number], self.store.fence()
+        if self._poison:
+            if fence is not None:
+                fence.synchronize()
+            slot.memory.poison()
+        slot.free = fence
+        self._free.append(number)

@@ -137,7 +137,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     if wishes.gpu_word is None and not wishes.anywhere:
         plan(needs, wishes)
     machine = _machine(options)
-    if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device and wishes.kv_bytes is None):
+    if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device):
         wishes = _on_device(wishes, machine)
     return Subject(
         shape=Shape.of(checkpoint, units, config, dtype.itemsize),

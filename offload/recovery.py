@@ -22,6 +22,7 @@ from offload.planning.choice import plan_smaller
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes
+from offload.shelved_layer import ShelvedLayer
 from offload.streaming import Executor
 
 _log = logging.getLogger(__name__)
@@ -113,8 +114,10 @@ class Recovery:
     def _follow(self, cache: Cache) -> None:
         """Bring keys and values to where the layers that use them are computed."""
         host, device = torch.device("cpu"), self._executor.device
-        for layer, how in zip(cache.layers, self._executor.placement.hows, strict=False):
-            move_layer(layer, host if how == "host" else device)
+        for at, how in zip(range(len(cache.layers)), self._executor.placement.hows, strict=False):
+            if how == "host" and isinstance(cache.layers[at], ShelvedLayer):
+                cache.layers[at] = cache.layers[at].on_host()
+            move_layer(cache.layers[at], host if how == "host" else device)
 
 
 def move_layer(layer: Any, device: torch.device) -> None:
@@ -150,7 +153,7 @@ def _undo_of_layer(layer: Any) -> Callable[[], None] | None:
         return lambda: None
     if type(layer) is DynamicSlidingWindowLayer:  # never writes into a tensor that it has handed out, but drops tokens
         return functools.partial(_put_back, layer, dict(vars(layer)))
-    if type(layer) in (DynamicLayer, Int8Layer):
+    if type(layer) in (DynamicLayer, Int8Layer, ShelvedLayer):
         return functools.partial(_cut, layer, int(layer.get_seq_length()))
     return None
 

@@ -1,6 +1,6 @@
-"""A layer of the int8 cache that keeps in memory what it may, and the rest on a shelf."""
+"""A layer of the int8 cache that keeps at hand what it may, and the rest on a shelf."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from kernels.attention import CHUNK_TOKENS
 from kernels.kv_block import BLOCK_TOKENS, select_sequences
 from offload.cache import INT8_ATTENTION, Int8Layer, KVCache
 from offload.errors import UsageError
-from offload.kv_shelf import CHUNK_BLOCKS, Chunk, Shelf
-from offload.read_queue import ReadQueue
+from offload.kv_shelf import CHUNK_BLOCKS, Chunk, Shelf, Store
 
 
 class ShelvedLayer(Int8Layer):
-    """As `Int8Layer`, of which the first chunks and the one that is written to stay in memory, the others on a shelf.
+    """As `Int8Layer`, of which the first chunks and the one that is written to stay at hand, the others on a shelf.
 
     index: of the layer on its shelf. Its attention has to read the blocks, chunk by chunk as `parts` says.
     """
@@ -39,7 +38,7 @@ class ShelvedLayer(Int8Layer):
     def make_room(self, tokens: int) -> None:
         """Let an initialised layer have chunks for so many tokens more."""
         while len(self.blocks) * BLOCK_TOKENS < self.tokens + tokens:
-            chunk = Chunk(self.blocks.shape)
+            chunk = self._shelf.take(self.blocks.shape)
             self._chunks.append(chunk)
             for block in chunk.blocks:
                 self.blocks.append(block)
@@ -71,8 +70,8 @@ class ShelvedLayer(Int8Layer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the chunks in memory; the shelf's slots, which all layers share, are not among them."""
-        return sum(chunk.arena.nbytes for chunk in self._chunks if chunk is not None)
+        """Bytes of the chunks at hand; the shelf's slots, which all layers share, are not among them."""
+        return sum(chunk.memory.nbytes for chunk in self._chunks if chunk is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens. Raises ValueError as `Int8Layer`, and what a read raises."""
@@ -82,7 +81,7 @@ class ShelvedLayer(Int8Layer):
         if number < len(self._chunks):  # it is written to again
             chunk = self._chunks[number]
             if chunk is None:
-                chunk = self._chunks[number] = Chunk(self.blocks.shape)
+                chunk = self._chunks[number] = self._shelf.take(self.blocks.shape)
                 self._shelf.fetch(self._index, number - self._first, chunk)
                 self._reorder(number, chunk)
             self.blocks.truncate(number * CHUNK_BLOCKS)
@@ -119,6 +118,17 @@ class ShelvedLayer(Int8Layer):
             else:
                 _select(chunk, chosen)
 
+    def on_host(self) -> Int8Layer:
+        """Return a layer that has all of this in host memory. Raises what a transfer raises."""
+        whole = Int8Layer(None if self.key_offset is None else self.key_offset.cpu(), direct=True)
+        if self._blocks is not None:
+            blocks = []
+            for first, last in self.parts():
+                for index in range(first // BLOCK_TOKENS, -(-last // BLOCK_TOKENS)):
+                    blocks.append(self.blocks[index].copy(torch.device("cpu")))
+            whole.begin_with(blocks, self.dtype, self.tokens)
+        return whole
+
     def _reorder(self, number: int, chunk: Chunk) -> None:
         """Put a chunk, as it was read, in the order of the sequences."""
         if number in self._orders:
@@ -127,7 +137,7 @@ class ShelvedLayer(Int8Layer):
     @property
     def _first(self) -> int:
         """The first chunk that may go to the shelf."""
-        return self._shelf.resident(self.blocks.shape) - 1
+        return self._shelf.room(self.blocks.shape).chunks - 1
 
     def _place(self, number: int, chunk: Chunk | None) -> None:
         for at in range(CHUNK_BLOCKS):
@@ -136,19 +146,22 @@ class ShelvedLayer(Int8Layer):
 
 def _select(chunk: Chunk, sequences: Tensor) -> None:
     for block in chunk.blocks:
-        block.memory.copy_(select_sequences(block, sequences).memory)
+        block.memory.copy_(select_sequences(block, sequences.to(block.memory.device)).memory)
 
 
-def shelved_cache(model: PreTrainedModel, queue: ReadQueue, budget_bytes: int) -> KVCache:
-    """Return an empty int8 cache of which so much is kept in memory, the rest in a file that goes with the cache.
+def shelved_cache(
+    model: PreTrainedModel, store: Store, budget_bytes: int, whole: Collection[int] = (), poison: bool = False
+) -> KVCache:
+    """Return an empty int8 cache of which so much is kept at hand, the rest in a store that goes with the cache.
 
-    queue: reads it back. Raises UsageError if the model's attention does not read int8 blocks.
+    whole: layers that are not of it, and keep everything where they are computed. Raises UsageError if the model's
+    attention does not read int8 blocks.
     """
     cache = KVCache.of(model)
     if model.config.get_text_config(decoder=True)._attn_implementation != INT8_ATTENTION:
         raise UsageError(f"--kv-memory: the attention of {type(model).__name__} takes no int8 keys and values in parts")
-    places = [place for place, layer in enumerate(cache.layers) if isinstance(layer, Int8Layer)]
-    shelf = Shelf(queue, budget_bytes, len(places))
+    places = [at for at, layer in enumerate(cache.layers) if isinstance(layer, Int8Layer) and at not in whole]
+    shelf = Shelf(store, budget_bytes, len(places), poison)
     for index, place in enumerate(places):
         cache.layers[place] = ShelvedLayer(index, shelf, cache.layers[place].key_offset)
     return cache

@@ -1,8 +1,8 @@
 """A device without hardware: its memory is host memory apart, its copies happen only when a fence is waited for.
 
 Beside that laziness it keeps vector clocks of what is queued: a kernel that runs without having waited for the copy of
-its weights, a copy into memory that a kernel may still read, and a read from disk into memory that is still being
-copied or computed from are errors, whichever order things happened to take.
+its weights, a copy into memory that a kernel may still read, a kernel that writes to what is still being copied, and a
+read from disk into memory that is still being copied or computed from are errors, whichever order things took.
 """
 
 import ctypes
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from kernels.attention import CompiledAttention, DequantizedAttention, append_tokens
+from kernels.kv_block import BLOCK_TOKENS, KVBlocks
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, Memory
 
@@ -26,11 +28,11 @@ Clock = dict[str, int]
 
 
 class Region:
-    """A range of memory. written: the copy that filled it last; used: the kernel that read it last; taken: the copy."""
+    """A range of memory. written: the copy that filled it last, made: the kernel; taken, used: that read it last."""
 
     def __init__(self, memory: Tensor) -> None:
         self.start, self.end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
-        self.written = self.used = self.taken = 0
+        self.written = self.made = self.taken = self.used = 0
 
 
 class FakeFence:
@@ -78,7 +80,7 @@ class FakeDevice:
         self.fail_at, self.unpinned, self.eager, self.most_mapped = fail_at, unpinned, eager, most_mapped
         self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
         self.lock = threading.RLock()
-        self.allocations = self.copies = self.pins = self.held_bytes = self.stamps = 0
+        self.allocations = self.copies = self.copied_back_bytes = self.pins = self.held_bytes = self.stamps = 0
         self.limit: int | None = None
         self.regions: list[Region] = []
         self.pinned: dict[int, Region] = {}
@@ -136,6 +138,20 @@ class FakeDevice:
             if self.eager:
                 self.run_copies(clock["copy"])
 
+    def copy_back(self, target: Tensor, source: Tensor) -> None:
+        with self.lock:
+            into, out = self._region(target.data_ptr()), self._region(source.data_ptr(), self.regions)
+            assert into is not None, "a copy into memory that is not pinned"
+            assert out is not None, "a copy out of memory that is not the device's"
+            assert target.nbytes == source.nbytes
+            clock = self.clock_of("copy")
+            assert clock.get("compute", 0) >= out.made, "memory is copied before a kernel has written to it"
+            clock["copy"] = into.written = out.taken = clock.get("copy", 0) + 1
+            self.copied_back_bytes += source.nbytes
+            self._pending.append((clock["copy"], target, source))
+            if self.eager:
+                self.run_copies(clock["copy"])
+
     def run_copies(self, until: int) -> None:
         while self._pending and self._pending[0][0] <= until:
             _, target, source = self._pending.pop(0)
@@ -181,6 +197,15 @@ class FakeDevice:
                 assert clock.get("copy", 0) >= region.written, "a kernel reads a slot without waiting for its copy"
                 clock["compute"] = region.used = clock.get("compute", 0) + 1
 
+    def kernel_writes(self, tensor: Tensor) -> None:
+        with self.lock:
+            region = self._region(tensor.data_ptr(), self.regions)
+            if region is not None:
+                clock = self.clock_of("compute")
+                assert clock.get("copy", 0) >= region.written, "a kernel writes where a copy may still write"
+                assert clock.get("copy", 0) >= region.taken, "a kernel writes to what is still being copied"
+                clock["compute"] = region.made = region.used = clock.get("compute", 0) + 1
+
     def host_writes(self, address: int) -> None:
         with self.lock:
             region = self._region(address)
@@ -196,9 +221,10 @@ class FakeDevice:
 
 @contextmanager
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) -> Iterator[FakeDevice]:
-    """Let `load` find a device, and tell it of every module that runs and of every read from disk."""
+    """Let `load` find a device, and tell it of every module that runs, of keys and values, and of reads from disk."""
     device = device or FakeDevice()
     read_into = FileReader.read_into
+    _watch_cache(monkeypatch, device)
 
     def watched(reader: FileReader, path: Path, offset: int, nbytes: int, target: memoryview) -> None:
         device.host_writes(ctypes.addressof(ctypes.c_char.from_buffer(target)))
@@ -218,3 +244,26 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) 
         yield device
     finally:
         handle.remove()
+
+
+def _watch_cache(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
+    """Tell a device of the blocks of keys and values that are written to and attended to."""
+
+    def appended(blocks: KVBlocks, start: int, key: Tensor, *more: Any) -> None:
+        for index in range(start // BLOCK_TOKENS, -(-(start + key.shape[2]) // BLOCK_TOKENS)):
+            device.kernel_writes(blocks[index].memory)
+        append_tokens(blocks, start, key, *more)
+
+    def watch(kind: Any) -> None:
+        attend = kind.attend
+
+        def attended(self: Any, first: int, last: int) -> None:
+            for index in range(first // BLOCK_TOKENS, -(-last // BLOCK_TOKENS)):
+                device.kernel_reads(self._context.blocks[index].memory)
+            attend(self, first, last)
+
+        monkeypatch.setattr(kind, "attend", attended)
+
+    monkeypatch.setattr("offload.cache.append_tokens", appended)
+    watch(CompiledAttention)
+    watch(DequantizedAttention)

@@ -45,16 +45,21 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def placed(
-    monkeypatch: pytest.MonkeyPatch, directory: Path, name: str, poison: bool = True, device: FakeDevice | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    directory: Path,
+    name: str,
+    poison: bool = True,
+    device: FakeDevice | None = None,
+    **words: Any,
 ) -> Iterator[tuple[PreTrainedModel, FakeDevice]]:
-    """A model placed as PLACEMENTS says, on a fake device."""
+    """A model placed as PLACEMENTS says, on a fake device. words: for `load`."""
 
     def plan(needs: Needs, *_: Any) -> Placement:
         return Placement(**{"depth": 0, "needs": needs, "budget_bytes": None, **PLACEMENTS[name]})
 
     with fake_gpu(monkeypatch, device) as found:
         monkeypatch.setattr("offload.executor.plan", plan)
-        model = load(directory, n_gpu_layers=-1, poison=poison)
+        model = load(directory, n_gpu_layers=-1, poison=poison, **words)
         monkeypatch.setattr("offload.executor.plan", real_plan)
         try:
             yield model, found

@@ -16,7 +16,8 @@ from kernels.kv_block import BlockShape
 from offload.cache import KVCache, use_int8_attention
 from offload.errors import ResourceError, UsageError
 from offload.executor import executor_of, load, new_cache
-from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, resident_chunks
+from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, SPARE, share_out
+from offload.kv_store import FileStore
 from offload.memory import FileReader, whole_pages
 from offload.read_queue import ReadQueue
 from offload.shelved_layer import ShelvedLayer, shelved_cache
@@ -24,11 +25,12 @@ from tests.test_cache import generate, tiny
 
 PAGES = whole_pages(CHUNK_BLOCKS * BlockShape(1, 2, 16, 16).nbytes)
 LAYERS = 2
+BESIDE = SLOTS + SPARE
 
 
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadQueue]:
-    monkeypatch.setattr("offload.kv_shelf.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("offload.kv_store.cache_directory", lambda: tmp_path)
     reader = FileReader()
     queue = ReadQueue(reader, lambda blob, arena: None)
     yield queue
@@ -45,7 +47,7 @@ def model() -> PreTrainedModel:
 
 def budget(chunks: int) -> int:
     """For so many chunks of every layer."""
-    return (LAYERS * chunks + SLOTS) * PAGES
+    return (LAYERS * chunks + BESIDE) * PAGES
 
 
 def tokens(count: int) -> Tensor:
@@ -59,14 +61,14 @@ def logits(model: PreTrainedModel, cache: Cache, *parts: Tensor) -> Tensor:
 
 
 def held_bytes(cache: Cache) -> int:
-    return sum(layer.nbytes for layer in cache.layers) + SLOTS * PAGES
+    return sum(layer.nbytes for layer in cache.layers) + BESIDE * PAGES
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 9])
 def test_the_bits_are_those_of_a_cache_in_memory(model: PreTrainedModel, queue: ReadQueue, chunks: int) -> None:
     passes = [tokens(700), tokens(3 * CHUNK_TOKENS), tokens(5), *tokens(12).split(1, dim=1), tokens(900), tokens(1)]
     expected = logits(model, KVCache.of(model), *passes)
-    cache = shelved_cache(model, queue, budget(chunks))
+    cache = shelved_cache(model, FileStore(queue), budget(chunks))
     assert torch.equal(logits(model, cache, *passes), expected)
     assert held_bytes(cache) <= budget(chunks)
     assert (queue.bytes_read > 0) == (chunks < 9)
@@ -74,7 +76,7 @@ def test_the_bits_are_those_of_a_cache_in_memory(model: PreTrainedModel, queue: 
 
 def test_generate_goes_on_from_what_is_on_disk(model: PreTrainedModel, queue: ReadQueue) -> None:
     prompt = tokens(2 * CHUNK_TOKENS + 100)
-    cache, resident = shelved_cache(model, queue, budget(1)), KVCache.of(model)
+    cache, resident = shelved_cache(model, FileStore(queue), budget(1)), KVCache.of(model)
     for _ in range(2):
         found = generate(model, cache, prompt, prefill_chunk_size=512)
         assert found == generate(model, resident, prompt, prefill_chunk_size=512)
@@ -102,7 +104,7 @@ def test_sequences_that_go_on_from_others_take_what_those_have_on_disk(
 ) -> None:
     expected = batch_logits(model, KVCache.of(model), 10)
     pages = whole_pages(CHUNK_BLOCKS * BlockShape(3, 2, 16, 16).nbytes)
-    cache = shelved_cache(model, queue, (LAYERS * chunks + SLOTS) * pages)
+    cache = shelved_cache(model, FileStore(queue), (LAYERS * chunks + BESIDE) * pages)
     assert torch.equal(batch_logits(model, cache, 10), expected)
     assert queue.bytes_read > 0
 
@@ -110,7 +112,7 @@ def test_sequences_that_go_on_from_others_take_what_those_have_on_disk(
 def test_beams_go_on_from_what_is_on_disk(model: PreTrainedModel, queue: ReadQueue) -> None:
     prompt, options = tokens(2 * CHUNK_TOKENS + 100), {"num_beams": 3, "max_new_tokens": 24}
     pages = whole_pages(CHUNK_BLOCKS * BlockShape(3, 2, 16, 16).nbytes)
-    cache = shelved_cache(model, queue, (LAYERS + SLOTS) * pages)
+    cache = shelved_cache(model, FileStore(queue), (LAYERS + BESIDE) * pages)
     found = generate(model, cache, prompt, **options)
     assert queue.bytes_read > 0
     assert found == generate(model, KVCache.of(model), prompt, **options)
@@ -119,7 +121,7 @@ def test_beams_go_on_from_what_is_on_disk(model: PreTrainedModel, queue: ReadQue
 @pytest.mark.parametrize("left", [3 * CHUNK_TOKENS, 2 * CHUNK_TOKENS + 1, CHUNK_TOKENS, 70, 0])
 def test_what_is_cropped_into_is_written_again(model: PreTrainedModel, queue: ReadQueue, left: int) -> None:
     text, more = tokens(3 * CHUNK_TOKENS + 50), [tokens(1500), *tokens(4).split(1, dim=1)]
-    cache, resident = shelved_cache(model, queue, budget(1)), KVCache.of(model)
+    cache, resident = shelved_cache(model, FileStore(queue), budget(1)), KVCache.of(model)
     for each in (cache, resident):
         logits(model, each, text)
         each.crop(left - text.shape[1])
@@ -128,7 +130,7 @@ def test_what_is_cropped_into_is_written_again(model: PreTrainedModel, queue: Re
 
 
 def test_a_pass_that_was_abandoned_and_a_reset_leave_nothing_behind(model: PreTrainedModel, queue: ReadQueue) -> None:
-    cache = shelved_cache(model, queue, budget(1))
+    cache = shelved_cache(model, FileStore(queue), budget(1))
     expected = logits(model, KVCache.of(model), tokens(2500), tokens(1))
     logits(model, cache, tokens(3000))
     layer = cache.layers[0]
@@ -140,7 +142,7 @@ def test_a_pass_that_was_abandoned_and_a_reset_leave_nothing_behind(model: PreTr
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(logits(model, cache, tokens(2500), tokens(1)), expected)
-    path = layer._shelf.path
+    path = layer._shelf.store.path
     assert path.exists()
     del cache, layer, parts
     gc.collect()
@@ -148,7 +150,7 @@ def test_a_pass_that_was_abandoned_and_a_reset_leave_nothing_behind(model: PreTr
 
 
 def test_the_next_chunk_is_always_read_while_one_is_attended_to(model: PreTrainedModel, queue: ReadQueue) -> None:
-    cache = shelved_cache(model, queue, budget(1))
+    cache = shelved_cache(model, FileStore(queue), budget(1))
     logits(model, cache, tokens(6 * CHUNK_TOKENS + 1))
     order = [(layer, number) for layer in range(LAYERS) for number in range(6)]
     shelf, walked = cache.layers[0]._shelf, []
@@ -163,12 +165,12 @@ def test_the_next_chunk_is_always_read_while_one_is_attended_to(model: PreTraine
 
 def test_what_cannot_be_is_refused(model: PreTrainedModel, queue: ReadQueue) -> None:
     with pytest.raises(
-        ResourceError, match=r"--kv-memory .*: 2 layers take .* at least, 1024 tokens of each and 2 times"
+        ResourceError, match=r"--kv-memory .*: 2 layers take .* at least, 1024 tokens of each and 3 times"
     ):
-        resident_chunks(budget(1) - 1, LAYERS, PAGES)
+        share_out(budget(1) - 1, LAYERS, PAGES)
     with pytest.raises(ResourceError, match="2 layers take"):
-        logits(model, shelved_cache(model, queue, budget(1) - 1), tokens(1))
-    cache = shelved_cache(model, queue, budget(1))
+        logits(model, shelved_cache(model, FileStore(queue), budget(1) - 1), tokens(1))
+    cache = shelved_cache(model, FileStore(queue), budget(1))
     logits(model, cache, tokens(9))
     cache.reorder_cache(torch.tensor([0]))
     with pytest.raises(UsageError, match="--kv-memory: batches that grow or shrink need all keys"):
@@ -176,7 +178,7 @@ def test_what_cannot_be_is_refused(model: PreTrainedModel, queue: ReadQueue) -> 
     capped = tiny(Gemma2Config, sliding_window=1024, query_pre_attn_scalar=16)
     use_int8_attention(capped)
     with pytest.raises(UsageError, match="--kv-memory: the attention of Gemma2ForCausalLM takes no int8 keys"):
-        shelved_cache(capped, queue, budget(1))
+        shelved_cache(capped, FileStore(queue), budget(1))
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "disk"])
@@ -186,7 +188,7 @@ def test_a_model_is_loaded_with_it_and_the_plan_counts_what_is_in_memory(
     """Weights from disk and keys and values from disk share a queue."""
     from quant.rtn import main
 
-    monkeypatch.setattr("offload.kv_shelf.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("offload.kv_store.cache_directory", lambda: tmp_path)
     copied = tmp_path / "model"
     shutil.copytree(tiny_model, copied)
     config = json.loads((copied / "config.json").read_text())
@@ -200,13 +202,13 @@ def test_a_model_is_loaded_with_it_and_the_plan_counts_what_is_in_memory(
         needs.append(executor_of(model).placement.needs.cache_bytes)
         executor_of(model).close()
     assert answers[0] == answers[1]
-    assert (needs[0], needs[1]) == (3 * 79 * BlockShape(1, 2, 16, 16).nbytes, (3 + SLOTS) * PAGES)
+    assert (needs[0], needs[1]) == (3 * 79 * BlockShape(1, 2, 16, 16).nbytes, (3 + BESIDE) * PAGES)
 
 
 def test_a_damaged_file_is_an_error_and_the_cache_can_be_reset(model: PreTrainedModel, queue: ReadQueue) -> None:
-    cache = shelved_cache(model, queue, budget(1))
+    cache = shelved_cache(model, FileStore(queue), budget(1))
     logits(model, cache, tokens(3000))
-    path = cache.layers[0]._shelf.path
+    path = cache.layers[0]._shelf.store.path
     path.write_bytes(path.read_bytes()[:4096])
     with pytest.raises(Exception, match=r"kv-.*: ends at byte"):
         logits(model, cache, tokens(1), tokens(1))

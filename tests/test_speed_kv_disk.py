@@ -10,6 +10,7 @@ from eval.speed.kv import Shape
 from kernels.attention import CHUNK_TOKENS
 from offload.cache import Int8Layer, int8_attention
 from offload.kv_shelf import Shelf
+from offload.kv_store import FileStore
 from offload.memory import FileReader, whole_pages
 from offload.read_queue import ReadQueue
 from offload.shelved_layer import ShelvedLayer
@@ -37,7 +38,7 @@ def test_a_context_that_stays_in_memory_is_refused(capsys: pytest.CaptureFixture
 def test_both_ways_compute_the_same() -> None:
     shape = Shape(4, 2, 32, CHUNK_TOKENS + 5)
     queue = ReadQueue(FileReader(), None)
-    shelf = Shelf(queue, 0, 1)
+    shelf = Shelf(FileStore(queue), 0, 1)
     layers, past, (query, key, value) = [ShelvedLayer(0, shelf), Int8Layer(direct=True)], shape.past(), shape.token()
     module = torch.nn.Module()
     module.num_key_value_groups = 2

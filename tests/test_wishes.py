@@ -64,7 +64,7 @@ def test_flags_say_the_same_as_words() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"kv_memory": "1GiB"}, "--kv-memory: only keys and values in 8 bits can lie on disk; add --kv int8"),
+        ({"kv_memory": "1GiB"}, "--kv-memory: only keys and values in 8 bits can lie elsewhere; add --kv int8"),
         (
             {"cache_implementation": "static"},
             "--cache-implementation static: expected dynamic, quantized or offloaded",

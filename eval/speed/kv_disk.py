@@ -20,6 +20,7 @@ from offload.cache import Int8Layer, int8_attention
 from offload.command import Progress, format_bytes
 from offload.errors import UsageError
 from offload.kv_shelf import Shelf
+from offload.kv_store import FileStore
 from offload.memory import Arena, FileReader
 from offload.read_queue import ReadQueue, read_blob
 from offload.shelved_layer import ShelvedLayer
@@ -62,14 +63,14 @@ def measure(options: argparse.Namespace) -> KVDiskReport:
     reader = FileReader()
     queue = ReadQueue(reader, None)
     try:
-        shelf = Shelf(queue, 0, options.layers)
+        shelf = Shelf(FileStore(queue), 0, options.layers)
         on_disk = [ShelvedLayer(index, shelf) for index in range(options.layers)]
         in_memory = [Int8Layer(direct=True) for _ in range(options.layers)]
         for layer in (*on_disk, *in_memory):
             layer.update(*shape.past())
         if not shelf.blobs:
             raise UsageError(f"--context {options.context}: all of it stays in memory; give a longer one")
-        return KVDiskReport((_row(options, shape, on_disk, in_memory, shelf, reader),))
+        return KVDiskReport((_row(options, shape, on_disk, in_memory, shelf, queue, reader),))
     finally:
         queue.close()
         reader.close()
@@ -81,15 +82,16 @@ def _row(
     on_disk: Sequence[Int8Layer],
     in_memory: Sequence[Int8Layer],
     shelf: Shelf,
+    queue: ReadQueue,
     reader: FileReader,
 ) -> dict[str, Any]:
     disk, memory, reads, read = [], [], [], 0
     progress = Progress("round", options.rounds)
     _steps(shape, on_disk, 1)
     for _ in range(options.rounds):
-        before = shelf.queue.bytes_read
+        before = queue.bytes_read
         disk.append(_steps(shape, on_disk, options.tokens))
-        read = (shelf.queue.bytes_read - before) // options.tokens
+        read = (queue.bytes_read - before) // options.tokens
         memory.append(_steps(shape, in_memory, options.tokens))
         reads.append(_read_rate(shelf, reader))
         progress.advance()

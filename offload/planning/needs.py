@@ -43,7 +43,8 @@ class Needs:
     """What a model takes beside its decoder layers, in bytes, and what each layer takes.
 
     runtime: Python, torch and transformers, their code included. fixed: embeddings, norms and head. cache: keys and
-    values at the asked context. activations: the largest pass. layers: one entry a decoder layer, in order.
+    values at the asked context, of them what is at hand; shelf: for layers that a GPU computes, what is beside it in
+    host memory. activations: the largest pass. layers: one entry a decoder layer, in order.
     device_runtime: what a GPU's memory holds before any tensor. embedding: what of the fixed bytes is a table that can
     stay on disk. head_blocks: what of them is the head, in blocks that can be streamed; none if it cannot. experts:
     what of the layers are experts, None if they have none.
@@ -58,6 +59,7 @@ class Needs:
     embedding_bytes: int = 0
     head_blocks_bytes: tuple[int, ...] = ()
     experts: ExpertNeeds | None = None
+    shelf_bytes: int = 0
 
     def without_embedding(self) -> "Needs":
         """Return what is needed when the embeddings are left on disk."""
@@ -102,19 +104,21 @@ def count_needs(
 
     units: what of it can be had apart. element_bytes: of activations, keys and values, and of what is not quantized.
     chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for element_bytes.
-    kv_bytes: of them in memory, see `Wishes`. Raises ResourceError if that is too little.
+    kv_bytes: of them at hand, see `Wishes`. Raises ResourceError if that is too little.
     """
+    at_hand, away = _cache_at_hand(config, context_tokens, element_bytes, batch_size, kv, kv_bytes)
     fixed = sum(blob.nbytes for blob in checkpoint.blobs if not blob.module)
     return Needs(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
         fixed_bytes=int(fixed * element_bytes / 2),
-        cache_bytes=_cache_in_memory(config, context_tokens, element_bytes, batch_size, kv, kv_bytes),
+        cache_bytes=at_hand,
         activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens)),
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
         embedding_bytes=0 if units.embedding is None else int(_table_bytes(*units.embedding) * element_bytes / 2),
         head_blocks_bytes=() if units.head is None else tuple(whole_pages(b.nbytes) for b in units.head.blocks()),
         experts=expert_needs(config, units),
+        shelf_bytes=away,
     )
 
 
@@ -136,21 +140,22 @@ def _table_bytes(blob: LayerBlob, name: str) -> int:
     return blob.tensors[name].nbytes
 
 
-def _cache_in_memory(
+def _cache_at_hand(
     config: PretrainedConfig,
     context_tokens: int,
     element_bytes: int,
     batch_size: int,
     kv: KVFormat | None,
     kv_bytes: int | None,
-) -> int:
-    """Return the bytes of keys and values that are in memory, of a batch."""
+) -> tuple[int, int]:
+    """Return the bytes of keys and values of a batch that are at hand, and of those that are not."""
     whole = batch_size * cache_bytes(config, context_tokens, element_bytes, kv)
     if kv_bytes is None or not whole:
-        return whole
+        return whole, 0
     layers, shape = _blocks(config, batch_size)
     shelved = layers * shape.nbytes * -(-context_tokens // BLOCK_TOKENS)
-    return whole - shelved + shelved_bytes(kv_bytes, layers, shape, context_tokens)
+    at_hand, away = shelved_bytes(kv_bytes, layers, shape, context_tokens)
+    return whole - shelved + at_hand, away
 
 
 def _blocks(config: PretrainedConfig, batch_size: int) -> tuple[int, BlockShape]:

@@ -88,8 +88,19 @@ class Placement:
 
     @property
     def host_cache_bytes(self) -> int:
-        """Keys and values of the layers that are computed on the host."""
-        return self.needs.cache_bytes * self.hows.count("host") // len(self.tiers)
+        """Keys and values of the layers that are computed on the host, and what of the others' is not on the GPU."""
+        needs, on_host = self.needs, self.hows.count("host")
+        if not self.uses_device:
+            return needs.cache_bytes
+        return needs.shelf_bytes + needs.cache_bytes * on_host // len(self.tiers)
+
+    @property
+    def device_cache_bytes(self) -> int:
+        """Keys and values on the GPU. A budget that it was given for them is used whole, however many layers it has."""
+        needs = self.needs
+        if not self.uses_device:
+            return 0
+        return needs.cache_bytes - (0 if needs.shelf_bytes else self.host_cache_bytes)
 
     @property
     def expected_bytes(self) -> int:
@@ -105,7 +116,7 @@ class Placement:
         if not self.uses_device:
             return 0
         needs = self.needs
-        around = needs.device_runtime_bytes + needs.fixed_bytes + needs.cache_bytes - self.host_cache_bytes
+        around = needs.device_runtime_bytes + needs.fixed_bytes + self.device_cache_bytes
         return around + needs.working_bytes + self.layers_device_bytes
 
     @property
@@ -151,7 +162,7 @@ def too_small(placement: Placement) -> str:
         parts = [
             (needs.device_runtime_bytes, "for the driver"),
             (needs.fixed_bytes, "for embeddings and head"),
-            (needs.cache_bytes - placement.host_cache_bytes, "for keys and values"),
+            (placement.device_cache_bytes, "for keys and values"),
             (needs.working_bytes, "for activations and reserve"),
             (placement.layers_device_bytes, "for layers"),
         ]
@@ -205,7 +216,7 @@ def describe(placement: Placement) -> str:
         on_device = [
             ("driver", needs.device_runtime_bytes),
             ("embeddings, norms, head", needs.fixed_bytes),
-            ("keys and values", needs.cache_bytes - placement.host_cache_bytes),
+            ("keys and values", placement.device_cache_bytes),
             ("activations and reserve", needs.working_bytes),
             *_layer_lines(placement, {"resident": "on the GPU"}),
             (f"ring of {placement.device_depth} slots", placement.device_depth * max(needs.layers_bytes)),

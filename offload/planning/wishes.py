@@ -30,7 +30,8 @@ class WishWords(TypedDict, total=False):
     gpu_weights_percent: share of the layers on the GPU (FlexGen). cpu_offload_gb: GiB of layers to leave in host memory
     (vLLM). n_gpu_layers: layers on the GPU, -1 for all (llama.cpp). slots: of the ring that disk is read into.
     kv: "int8" for keys and values in 8 bits, else they are of the model's dtype. kv_memory: of those in 8 bits, what
-    may lie in memory, the rest on disk; 0 for as little as can be. cache_implementation: both in transformers' words,
+    may lie in memory, the rest on disk, or of layers that a GPU computes what may lie there, the rest in host memory; 0
+    for as little as can be. cache_implementation: both in transformers' words,
     "dynamic" for the model's dtype, "quantized" for 8 bits, "offloaded" for these with a kv_memory of 0.
     """
 
@@ -55,7 +56,7 @@ class Wishes:
     spreading what is kept. devices: of modules by their name, None to choose; layers: the same of every decoder layer,
     once the model is known. gpu_layers, gpu_percent, cpu_offload_bytes: how much of the layers is to lie on the GPU or
     beside it; at most one of the three is not None. slots: of the ring that disk is read into, None to choose. kv: of
-    keys and values, None for the model's dtype. kv_bytes: of them in memory, None for all; with a kv alone.
+    keys and values, None for the model's dtype. kv_bytes: of them at hand, None for all; with a kv alone.
     """
 
     cpu_bytes: int | None = None
@@ -179,7 +180,12 @@ def add_wish_flags(parser: argparse.ArgumentParser) -> None:
     add("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU, -1 for all, as in llama.cpp")
     add("--slots", type=int, metavar="N", help="of the ring that disk is read into, 1 to 3; default: as planned")
     add("--kv", metavar="FORMAT", help="int8: keys and values in half of their bytes; default: the model's dtype")
-    add("--kv-memory", metavar="SIZE", help="of keys and values in int8, what may lie in memory, the rest on disk")
+    add(
+        "--kv-memory",
+        metavar="SIZE",
+        help="of keys and values in int8, what may lie in memory, the rest on disk; with a GPU, what may lie there, "
+        "the rest in memory",
+    )
     add("--cache-implementation", metavar="KIND", help="the same in transformers' words: dynamic, quantized, offloaded")
 
 
@@ -279,7 +285,7 @@ def _kept(made: dict[str, Any]) -> tuple[KVFormat | None, int | None]:
         raise _contradiction("kv_memory", "cache_implementation", "both say how much of them lies in memory")
     in_8_bits = kv == "int8" or kind in ("quantized", "offloaded")
     if "kv_memory" in made and not in_8_bits:
-        raise UsageError(f"{flag('kv_memory')}: only keys and values in 8 bits can lie on disk; add --kv int8")
+        raise UsageError(f"{flag('kv_memory')}: only keys and values in 8 bits can lie elsewhere; add --kv int8")
     kv_bytes = 0 if kind == "offloaded" else None
     if "kv_memory" in made:
         kv_bytes = _size(made["kv_memory"], flag("kv_memory")) if str(made["kv_memory"]) != "0" else 0

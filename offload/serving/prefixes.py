@@ -53,7 +53,7 @@ class Prefixes:
         passes = [self._passes[key] for key in found]
         for layer, parts in zip(cache.layers, zip(*passes, strict=True), strict=True) if passes else ():
             if isinstance(layer, Int8Layer):
-                layer.begin_with([block for blocks, _ in parts for block in blocks], parts[0][1])
+                layer.begin_with([block.copy() for blocks, _ in parts for block in blocks], parts[0][1])
             else:
                 layer.update(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
         self._use(found)
