@@ -15,7 +15,21 @@ from offload.memory import FileReader, whole_pages
 from offload.read_queue import ReadQueue
 from offload.shelved_layer import ShelvedLayer
 
-FLAGS = ["kv-disk", "--layers", "2", "--heads", "4", "--key-heads", "2", "--head-dim", "32", "--tokens", "3"]
+FLAGS = [
+    "kv-disk",
+    "--layers",
+    "2",
+    "--slots",
+    "3",
+    "--heads",
+    "4",
+    "--key-heads",
+    "2",
+    "--head-dim",
+    "32",
+    "--tokens",
+    "3",
+]
 
 
 def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +38,8 @@ def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = json.loads(capsys.readouterr().out)
     chunk_bytes = whole_pages(CHUNK_TOKENS * 2 * 2 * (32 + 2))
     assert abs(row["disk_bytes_per_token"] - 4 * chunk_bytes) <= chunk_bytes  # two layers, two chunks each; ahead
-    assert row["of_disk"] > 0
+    assert min(row["of_disk"], row["of_beside"]) > 0
+    assert 0 < row["reading"] <= 1.05
     assert 0 < row["of_memory"] < 1.5
     assert main([*FLAGS, "--context", str(context), "--rounds", "1"]) == 0
     assert "from disk a token" in capsys.readouterr().out
@@ -33,6 +48,8 @@ def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_context_that_stays_in_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, "--context", "100"]) == 2
     assert "--context 100: all of it stays in memory; give a longer one" in capsys.readouterr().err
+    assert main([*FLAGS, "--slots", "1"]) == 2
+    assert "--slots 1: expected from 2 to 3" in capsys.readouterr().err
 
 
 def test_both_ways_compute_the_same() -> None:
