@@ -55,7 +55,9 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "tiers": Subject("one model from tier to tier, GPU, memory and disk", tiers.add_flags, tiers.measure),
     "kv": Subject("a layer's cache and attention over the context, against transformers'", kv.add_flags, kv.measure),
-    "kv-disk": Subject("attention over keys and values on disk", kv_disk.add_flags, kv_disk.measure),
+    "kv-disk": Subject(
+        "attention over keys and values on disk, or in host memory for a GPU", kv_disk.add_flags, kv_disk.measure
+    ),
     "serve": Subject("the server, one client against many at once", serve.add_flags, serve.measure),
     "gpu": Subject("everything that waits for a GPU, step by step", gpu.add_flags, gpu.measure),
     "checksums": Subject("what verifying checksums costs a streamed run", checksums.add_flags, checksums.measure),

@@ -153,7 +153,9 @@ def steps_of(output: Path, dry_run: bool) -> Iterator[Step]:
         figure="staged +1 |host",
     )
     contexts = ("--contexts", "70", "--rounds", "2") if dry_run else ("--contexts", "2000,8000,32000", "--rounds", "7")
-    yield _measured("kv", output, 45, "--device", device, *contexts, figure="int8")
+    yield _measured("kv", output, 35, "--device", device, *contexts, figure="int8")
+    away = ("--context", "1100", "--layers", "3") if dry_run else ("--context", "32800", "--layers", "16")
+    yield _measured("kv-disk", output, 30, "--device", device, *away, "--rounds", "3", figure="from there")
     model = str(output / "models" / ("tiny.int4" if dry_run else "8b.int4"))
     verify = _python("offload.verify", "--model", model, "--new-tokens", "3")
     yield Step("verify", verify, 60, r"logits|other")
@@ -161,9 +163,9 @@ def steps_of(output: Path, dry_run: bool) -> Iterator[Step]:
         "eval.speed", "kernels", "--device", device, "--shapes", "4096x4096", "--batches", "1", "--rounds", "1"
     )
     sanitized = ("compute-sanitizer", "--error-exitcode", "9", *_python("pytest", "-q", "-m", "gpu", "-k", "sanitized"))
-    yield Step("sanitizer", sanitized, 55, r"ERROR SUMMARY", tool="compute-sanitizer")
+    yield Step("sanitizer", sanitized, 45, r"ERROR SUMMARY", tool="compute-sanitizer")
     profiled = ("ncu", "-k", "matmul_kernel", "-c", "3", "--metrics", ",".join(_NCU_METRICS), *one)
-    yield Step("profile", profiled, 30, r"dram__throughput", tool="ncu")
+    yield Step("profile", profiled, 20, r"dram__throughput", tool="ncu")
 
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
