@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
     from offload.conversation import Conversation
     from offload.convert import opened
-    from offload.limit import measure_limit
+    from offload.limit import measure_links
     from offload.memory import trim_memory
     from offload.planning.placement import describe
     from offload.sampling import Sampling
@@ -111,14 +111,16 @@ def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
         say("this model has no chat template: it continues text, and was not made to answer")
     settings = Settings(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, options.max_new_tokens)
     conversation = Conversation(session, options.context, options.system)
-    return Chat(session, conversation, settings, measure_limit(session.executor))
+    return Chat(session, conversation, settings, measure_links(session.executor))
 
 
 class Chat:
     """The loop: a message in, an answer or what a command says out. Ends at /exit and at the end of the input."""
 
-    def __init__(self, session: "Session", conversation: "Conversation", settings: Settings, limit: "Limit") -> None:
-        self._session, self._conversation, self._settings, self._limit = session, conversation, settings, limit
+    def __init__(
+        self, session: "Session", conversation: "Conversation", settings: Settings, links: "Sequence[Limit]"
+    ) -> None:
+        self._session, self._conversation, self._settings, self._links = session, conversation, settings, links
         self._stats = "no answer yet"
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda rest: say(_HELP),
@@ -164,7 +166,7 @@ class Chat:
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed)
         streamer = TextStreamer(self._session.prompts.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with StatusLine() as line:
-            meter = Meter(line, self._limit, self._session.executor)
+            meter = Meter(line, self._links, self._session.executor)
             clock = Clock(streamer, meter)
             reply = self._conversation.ask(text, sampling, settings.max_new_tokens, clock)
         if reply.interrupted:

@@ -86,6 +86,13 @@ class DeviceSide:
         for at in places["host"]:
             self._handles += crossing.hook(parts.layers[at])
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """What layers take of the device's memory, uint8 [bytes] each: those that stay there, and the slots."""
+        resident = [memory for view in self._views for memory in view.memory]
+        slots = [self.spare] if self.ring is None else self.ring.arenas
+        return resident + [slot.bytes for slot in slots if slot is not None]
+
     def close(self) -> None:
         """Leave nothing on the device, and nothing pinned. The host's ring is closed before."""
         for handle in self._handles:

@@ -29,8 +29,8 @@ class Report:
 
     predicted_tokens_per_second: what the plan said of decoding, None for a model that `offload.plan` has not rehearsed.
     bytes_per_token: weights that decoding one token reads, wherever they lie. disk_bytes_per_token: those of them read
-    from disk. limit: "disk" or "memory", whichever bounds decoding; limit_bytes_per_second: measured in this run, just
-    after; fraction: of that limit, reached while decoding.
+    from disk. limit: the link that bounds decoding, see `offload.limit`; limit_bytes_per_second: measured in this run,
+    just after; fraction: of that limit, reached while decoding.
     """
 
     text: str
@@ -159,11 +159,11 @@ def _answer(
 @contextmanager
 def _live_line(session: "Session") -> Iterator["Callable[[Clock], None] | None"]:
     """Yield what a clock is to call at every token: a line at the foot of the terminal, where there is one."""
-    from offload.limit import measure_limit
+    from offload.limit import measure_links
     from offload.live import Meter, StatusLine
 
     with StatusLine() as line:
-        yield Meter(line, measure_limit(session.executor), session.executor) if line.active else None
+        yield Meter(line, measure_links(session.executor), session.executor) if line.active else None
 
 
 def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt_tokens: int) -> Report:
@@ -176,8 +176,7 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
     passes = max(1, len(clock.times)) + (prompt_tokens - 1) // PREFILL_CHUNK_TOKENS
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
     peak = peak_memory_bytes()
-    limit = measure_limit(executor)
-    bound_bytes = disk_bytes if limit.link == "disk" else limit.bytes_per_token
+    limit = measure_limit(executor, disk_bytes)
     return Report(
         text=session.prompts.text(clock.tokens),
         prompt_tokens=prompt_tokens,
@@ -189,7 +188,7 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
         disk_bytes_per_token=disk_bytes,
         limit=limit.link,
         limit_bytes_per_second=limit.bytes_per_second,
-        fraction=bound_bytes * clock.tokens_per_second / limit.bytes_per_second,
+        fraction=limit.seconds_per_token * clock.tokens_per_second,
         direct_reads=stats.direct,
         wait_seconds=stats.wait_seconds - before.wait_seconds,
         peak_memory_bytes=peak,

@@ -48,6 +48,13 @@ class LayerView:
         for table, key, tensor in self.others:
             table[key] = torch.empty_like(tensor, device="meta")
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The memory that its tensors are views of, each piece whole and once, uint8 [bytes]."""
+        tensors = [*(weight.codes for _, weight in self.packed), *(tensor for _, _, tensor in self.others)]
+        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        return [torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage) for storage in storages.values()]
+
 
 def layer_view(
     model: PreTrainedModel,

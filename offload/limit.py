@@ -1,16 +1,18 @@
-"""What bounds decoding, measured on the loaded model: of the links that weights take for every token, the slowest kind.
+"""What bounds decoding, measured on the loaded model: the link that a token's weights keep busy for longest.
 
-Disk is slower than the bus to a device, and that than memory, whatever share of the weights takes each.
+How long that is, is what a token takes over a link by what the link carries in a second while nothing else runs: a disk
+that holds one small layer may bound less than the memory that holds all the others.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from kernels.cpu_matmul import read_seconds
+from kernels.cpu_matmul import cpu_backend, read_seconds
 from offload.copy_queue import Bounce
 from offload.device import Device
 from offload.device_side import DeviceSide
@@ -21,59 +23,111 @@ from offload.streaming import Executor
 Link = Literal["disk", "bus", "memory", "device memory"]
 
 _DISK_SECONDS = 0.5
-_MEMORY_READS = 5
-_MEMORY_BYTES = 128 << 20
+_TIMED_SECONDS, _TIMED_RUNS = 0.25, 5
+_MEMORY_BYTES = 256 << 20
+"""To read through, so that no cache of a processor holds it from one time to the next."""
+
+_PIECE_BYTES = 1 << 20
+"""What is smaller says more of how reading begins than of memory."""
+
 _COPY_BYTES, _COPIES = 16 << 20, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The link that bounds decoding, and how fast it is while nothing else runs.
+    """A link, what of the weights a token takes over it, and how fast it is while nothing else runs.
 
-    link: "bus" is between the host's memory and a device's. bytes_per_token: of weights that a token takes over it;
-    from disk, what is planned, of which experts may take another share.
+    link: "bus" is between the host's memory and a device's. bytes_per_token: from disk, what is planned, of which
+    experts may take another share.
     """
 
     link: Link
     bytes_per_second: float
     bytes_per_token: int
 
+    @property
+    def seconds_per_token(self) -> float:
+        """How long a token keeps the link busy, at least."""
+        return self.bytes_per_token / self.bytes_per_second
 
-def measure_limit(executor: Executor) -> Limit:
-    """Measure what bounds decoding. Not while the model runs: what was read ahead is forgotten."""
-    placement = executor.placement
-    if executor.queue is not None:
-        return Limit("disk", _disk_rate(executor), placement.disk_bytes)
+
+def measure_limit(executor: Executor, disk_bytes_per_token: int | None = None) -> Limit:
+    """Return which link bounds decoding, as `measure_links` finds it."""
+    return bounding(measure_links(executor, disk_bytes_per_token))
+
+
+def bounding(links: Sequence[Limit]) -> Limit:
+    """Return the link that a token keeps busy for longest."""
+    return max(links, key=lambda link: link.seconds_per_token)
+
+
+def measure_links(executor: Executor, disk_bytes_per_token: int | None = None) -> tuple[Limit, ...]:
+    """Measure every link that weights take for a token, in under two seconds.
+
+    disk_bytes_per_token: as counted, None for what is planned. Not while the model runs: what was read ahead is
+    forgotten.
+    """
     side = executor.device_side
-    device = None if side is None else side.device
-    if side is not None and (crossing := placement.bytes_in("staged", "mapped")):
-        return Limit("bus", _copy_rate(side), crossing)
-    if device is not None and not placement.bytes_in("host"):
-        return Limit("device memory", _device_rate(device, executor.head_memory), executor.bytes_per_token)
-    if device is not None:
-        return Limit("memory", _memory_rate(Arena(_MEMORY_BYTES).bytes.fill_(1)), placement.bytes_in("host"))
-    return Limit("memory", _memory_rate(executor.head_memory), executor.bytes_per_token)
+    _rest(executor)
+    found: list[Limit] = []
+    for link, nbytes in bytes_by_link(executor).items():
+        taken = disk_bytes_per_token if link == "disk" and disk_bytes_per_token is not None else nbytes
+        if not taken:
+            continue
+        if link == "disk":
+            rate = _disk_rate(executor)
+        elif link == "memory":
+            rate = _memory_rate(_host_pieces(executor))
+        elif side is not None and link == "bus":
+            rate = _copy_rate(side)
+        elif side is not None:
+            rate = _device_rate(side.device, _large([executor.head_memory, *side.memory]))
+        found.append(Limit(link, rate, taken))
+    return tuple(found)
+
+
+def bytes_by_link(executor: Executor) -> dict[Link, int]:
+    """Return the weights that a token is planned to take over each link, in bytes; 0 for what it does not take.
+
+    memory: of the host, what is multiplied there and what a device reads or is sent out of it.
+    """
+    placement, computed, head_bytes = executor.placement, executor.layer_token_bytes, executor.head_bytes
+    sent = [blob.nbytes for blob in executor.blobs]  # whole, whichever experts are routed to
+
+    def of(how: str, sizes: Sequence[int]) -> int:
+        return sum(nbytes for nbytes, one in zip(sizes, placement.hows, strict=True) if one == how)
+
+    bus, on_device = of("staged", sent) + of("mapped", computed), executor.device_side is not None
+    return {
+        "disk": placement.disk_bytes,
+        "bus": bus,
+        "memory": bus + of("host", computed) + (0 if on_device else head_bytes),
+        "device memory": of("resident", computed) + of("staged", computed) + head_bytes if on_device else 0,
+    }
+
+
+def _rest(executor: Executor) -> None:
+    """Let everything that is read or copied ahead come to an end: the rings hold nothing then."""
+    side = executor.device_side
+    if side is not None and side.ring is not None:
+        side.ring.reset()  # first: its copies wait for the ring that disk is read into
+    if executor.slots is not None:
+        executor.slots.reset()
+    if side is not None:
+        side.device.settle()
 
 
 def _disk_rate(executor: Executor) -> float:
     blobs = executor.streamed_blobs or executor.expert_blobs
-    if executor.slots is None:
-        arena = Arena(max(blob.nbytes for blob in blobs))
-    else:
-        side = executor.device_side
-        if side is not None and side.ring is not None:
-            side.ring.reset()  # first: its copies wait for the ring that disk is read into
-        executor.slots.reset()
-        if side is not None:
-            side.device.settle()
-        arena = executor.slots.arenas[0]
-    started = time.perf_counter()
-    total = 0
-    while (elapsed := time.perf_counter() - started) < _DISK_SECONDS:
+    arena = Arena(max(blob.nbytes for blob in blobs)) if executor.slots is None else executor.slots.arenas[0]
+    started, total, elapsed = time.perf_counter(), 0, 0.0
+    while True:
         for blob in blobs:
             read_blob(executor.reader, blob, arena)
             total += blob.nbytes
-    return total / elapsed
+            elapsed = time.perf_counter() - started
+            if elapsed >= _DISK_SECONDS:
+                return total / elapsed
 
 
 def _copy_rate(side: DeviceSide) -> float:
@@ -83,8 +137,6 @@ def _copy_rate(side: DeviceSide) -> float:
     """
     assert side.spare is not None, "what crosses the bus has somewhere to go"
     device = side.device
-    if side.ring is not None:
-        side.ring.reset()
     target = side.spare.bytes[:_COPY_BYTES]
     arena = Arena(target.nbytes)
     arena.bytes.fill_(1)
@@ -98,7 +150,6 @@ def _copy_rate(side: DeviceSide) -> float:
         device.mark_copies().synchronize()
 
     try:
-        device.settle()
         return _COPIES * target.nbytes / _fastest_seconds(copies)
     finally:
         device.settle()
@@ -108,31 +159,70 @@ def _copy_rate(side: DeviceSide) -> float:
             bounce.close()
 
 
-def _memory_rate(memory: Tensor) -> float:
-    return memory.nbytes / min(read_seconds(memory) for _ in range(_MEMORY_READS))
+def _host_pieces(executor: Executor) -> list[Tensor]:
+    """Return memory of the host to read through: the model's own, and what lacks of it as far as the budget has room.
+
+    What lies in a processor's cache from one time to the next is faster than memory; a ring alone may be so small.
+    """
+    pieces = _large(executor.host_memory)
+    lacking, placement = _MEMORY_BYTES - sum(piece.nbytes for piece in pieces), executor.placement
+    if placement.budget_bytes is not None:  # between passes nothing is activated
+        room = placement.budget_bytes - placement.expected_bytes + placement.needs.working_bytes
+        lacking = min(lacking, room)
+    if lacking >= _PIECE_BYTES:
+        pieces.append(Arena(lacking).bytes.fill_(1))
+    return pieces or executor.host_memory
 
 
-def _device_rate(device: Device, memory: Tensor) -> float:
-    """Return the bytes a second of a kernel that only reads `memory`, uint8, on the device."""
+def _large(memory: Sequence[Tensor]) -> list[Tensor]:
+    """Return the largest pieces of memory, as many as take to read through; one at least, if there is one."""
+    found: list[Tensor] = []
+    for piece in sorted(memory, key=lambda piece: piece.nbytes, reverse=True):
+        if found and (piece.nbytes < _PIECE_BYTES or sum(one.nbytes for one in found) >= _MEMORY_BYTES):
+            break
+        found.append(piece[:_MEMORY_BYTES])
+    return found
+
+
+def _memory_rate(pieces: Sequence[Tensor]) -> float:
+    words = [piece[: piece.nbytes // 8 * 8] for piece in pieces]
+    if cpu_backend() == "torch":
+
+        def read() -> float:
+            for piece in words:
+                piece.view(torch.int64).sum()
+            return 0.0
+    else:
+
+        def read() -> float:
+            return sum(read_seconds(piece) for piece in words)
+
+    return sum(piece.nbytes for piece in words) / _fastest_seconds(read)
+
+
+def _device_rate(device: Device, pieces: Sequence[Tensor]) -> float:
+    """Return the bytes a second of a kernel that only reads memory on the device."""
     if device.torch_device.type == "cpu":  # a device whose memory is the host's
-        return _memory_rate(memory)
+        return _memory_rate(pieces)
     from kernels.triton_matmul import read_sums  # needs triton, which a machine without a GPU may lack
 
-    whole = memory[: memory.nbytes // 4 * 4]
+    words = [piece[: piece.nbytes // 4 * 4] for piece in pieces]
 
     def read() -> None:
-        read_sums(whole, device.torch_device)
+        for piece in words:
+            read_sums(piece, device.torch_device)
         device.mark_compute().synchronize()
 
-    return whole.nbytes / _fastest_seconds(read)
+    return sum(piece.nbytes for piece in words) / _fastest_seconds(read)
 
 
-def _fastest_seconds(step: Callable[[], None]) -> float:
-    """Return the least of several; the first, which may compile, does not count."""
+def _fastest_seconds(step: Callable[[], float | None]) -> float:
+    """Return the least of several, as timed here or by the step itself; not the first, which may compile."""
     step()
-    taken = []
-    for _ in range(_MEMORY_READS):
+    taken: list[float] = []
+    began = time.perf_counter()
+    while not taken or (len(taken) < _TIMED_RUNS and time.perf_counter() - began < _TIMED_SECONDS):
         started = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - started)
+        told = step()
+        taken.append(told or time.perf_counter() - started)
     return min(taken)

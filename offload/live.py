@@ -8,11 +8,13 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from offload.clock import Clock
 from offload.command import format_bytes
-from offload.limit import Limit
+from offload.limit import Limit, bounding
 from offload.streaming import Executor
 
 _WINDOW_TOKENS = 32
@@ -79,13 +81,13 @@ def _terminal_size() -> os.terminal_size:
 
 
 class Meter:
-    """Says how fast the last tokens came, what each of them read, and how much of the link that is.
+    """Says how fast the last tokens came, what each of them read, and how much of the link that bounds them that is.
 
-    executor: of the model that they come from.
+    links: as measured, all that a token takes. executor: of the model that the tokens come from.
     """
 
-    def __init__(self, line: StatusLine, limit: Limit, executor: Executor) -> None:
-        self._line, self._limit, self._executor = line, limit, executor
+    def __init__(self, line: StatusLine, links: Sequence[Limit], executor: Executor) -> None:
+        self._line, self._links, self._executor = line, links, executor
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_TOKENS)
 
     def __call__(self, clock: Clock) -> None:
@@ -97,13 +99,14 @@ class Meter:
 
     def describe(self, tokens: int, tokens_per_second: float) -> str:
         """Return the line for one sequence at so many tokens a second."""
-        weights, bound, disk = self._executor.bytes_per_token, self._limit.bytes_per_token, ""
-        if self._limit.link == "disk":
-            passes = max(1, len(self._recent) - 1)
-            bound = (self._recent[-1][1] - self._recent[0][1]) // passes if self._recent else 0
-            disk = f", {format_bytes(bound)} from disk"
-        share = bound * tokens_per_second / self._limit.bytes_per_second
+        links, disk = list(self._links), ""
+        for at, link in enumerate(links):
+            if link.link == "disk":
+                passes = max(1, len(self._recent) - 1)
+                read = (self._recent[-1][1] - self._recent[0][1]) // passes if self._recent else 0
+                links[at], disk = replace(link, bytes_per_token=read), f", {format_bytes(read)} from disk"
+        limit, weights = bounding(links), self._executor.bytes_per_token
         return (
             f"{tokens} tokens  {tokens_per_second:.1f}/s  {format_bytes(weights)} a token{disk}  "
-            f"{share:.0%} of {self._limit.link}"
+            f"{limit.seconds_per_token * tokens_per_second:.0%} of {limit.link}"
         )

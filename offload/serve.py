@@ -96,7 +96,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     import uvicorn
 
     from offload.convert import opened
-    from offload.limit import measure_limit
+    from offload.limit import measure_links
     from offload.memory import trim_memory
     from offload.planning.placement import describe
     from offload.rounds import Rounds
@@ -112,13 +112,13 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
         say(f"context  {context} tokens, all that this model takes")
     session = Session(prompts, options.parallel * context + options.prefix_tokens, words, options.exact)
     say(describe(session.executor.placement))
-    limit = measure_limit(session.executor)
+    links = measure_links(session.executor)
     rounds = Rounds(session.model, options.parallel)
     try:
         service = Service(
             session=session,
             rounds=rounds,
-            metrics=Metrics(rounds, session.executor, limit),
+            metrics=Metrics(rounds, session.executor, links),
             bounds=Bounds(context, options.max_new_tokens),
             name=options.name or options.model.resolve().name,
             most=options.parallel + options.queue,

@@ -148,13 +148,31 @@ class Executor:
         return weight.reshape(-1).view(torch.uint8)
 
     @property
+    def host_memory(self) -> list[Tensor]:
+        """What layers take of the host's memory, and the head if it is there, uint8 [bytes] each."""
+        kept = [memory for view in self._kept for memory in view.memory]
+        slots = [] if self.slots is None else [arena.bytes for arena in self.slots.arenas]
+        return kept + slots + ([] if self.head_memory.device.type != "cpu" else [self.head_memory])
+
+    @property
+    def layer_token_bytes(self) -> tuple[int, ...]:
+        """Weights that one token is multiplied by in each decoder layer: of experts, those that it is sent to."""
+        experts = self.placement.needs.experts
+        if experts is None:
+            return tuple(blob.nbytes for blob in self.units.layers)
+        around = zip(self.units.around, experts.touched(1), strict=True)
+        return tuple(blob.nbytes + touched * experts.expert_bytes for blob, touched in around)
+
+    @property
+    def head_bytes(self) -> int:
+        """Weights of the head, all of its blocks."""
+        head = self.units.head
+        return (self.head_memory if head is None else head.blob.tensors[head.module + PACKED]).nbytes
+
+    @property
     def bytes_per_token(self) -> int:
         """Weights that decoding one token reads, wherever they lie, the head with them."""
-        head, experts = self.units.head, self.placement.needs.experts
-        layers = sum(blob.nbytes for blob in (self.units.layers if experts is None else self.units.around))
-        if experts is not None:
-            layers += sum(experts.touched(1)) * experts.expert_bytes
-        return layers + (self.head_memory if head is None else head.blob.tensors[head.module + PACKED]).nbytes
+        return sum(self.layer_token_bytes) + self.head_bytes
 
     def attach(self) -> None:
         """Read everything that is to stay in memory, and hook what is streamed.

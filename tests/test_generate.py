@@ -130,14 +130,16 @@ def test_the_meter_tells_rate_bytes_and_share_of_the_link(monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.stderr", err)
     clock = Clock()
     model: Any = SimpleNamespace(bytes_per_token=80, stats=SimpleNamespace(bytes_read=0))
-    meter = Meter(StatusLine(), Limit("disk", 1000.0, 50), model)
+    meter = Meter(StatusLine(), [Limit("disk", 1000.0, 50), Limit("memory", 1e6, 80)], model)
     for second in (1.0, 1.5, 2.0):
         clock.times.append(second)
         meter(clock)
         model.stats.bytes_read += 50
     assert "2 tokens  2.0/s  80 B a token, 50 B from disk  10% of disk" in err.getvalue()
     assert meter.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token, 50 B from disk  50% of disk"
-    in_memory = Meter(StatusLine(), Limit("memory", 1000.0, 80), model)
+    slow_memory = Meter(StatusLine(), [Limit("disk", 1000.0, 50), Limit("memory", 1000.0, 80)], model)
+    assert slow_memory.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token, 0 B from disk  80% of memory"
+    in_memory = Meter(StatusLine(), [Limit("memory", 1000.0, 80)], model)
     assert in_memory.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token  80% of memory"
 
 

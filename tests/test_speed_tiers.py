@@ -25,6 +25,8 @@ def test_every_tier_of_a_device_has_its_link(
 ) -> None:
     results, trace = tmp_path / "tiers.csv", tmp_path / "trace.json"
     flags = [*FLAGS, "--models", str(tmp_path), "--record", "--results", str(results), "--trace", str(trace)]
+    for name, rate in {"_disk_rate": 1e9, "_copy_rate": 2e10, "_memory_rate": 4e10, "_device_rate": 1e12}.items():
+        monkeypatch.setattr(f"offload.limit.{name}", lambda *_, rate=rate: rate)
     with fake_gpu(monkeypatch):
         assert main(["tiers", *flags]) == 0
     assert "accelerate: left out" in capsys.readouterr().err
@@ -37,7 +39,8 @@ def test_every_tier_of_a_device_has_its_link(
         **{"disk to host": "disk", "disk to staged": "disk", "disk to mapped": "disk"},
     }
     bytes_per_token = {row["tier"]: int(row["link_bytes_per_token"]) for row in rows}
-    assert bytes_per_token["staged"] == 2 * bytes_per_token["half staged"] == bytes_per_token["disk to staged"]
+    assert bytes_per_token["staged"] == 2 * bytes_per_token["half staged"]
+    assert bytes_per_token["disk to staged"] == pytest.approx(bytes_per_token["staged"], rel=0.02)  # in whole pages
     assert all((row["prompt_s"] != "") == (row["batch"] == "1") for row in rows)
     for row in rows:
         assert float(row["tokens_per_s"]) == pytest.approx(int(row["batch"]) / float(row["p50_ms"]) * 1e3, rel=0.01)

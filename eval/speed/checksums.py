@@ -22,7 +22,7 @@ from eval.speed.report import Rows
 from offload.command import Parser, Progress, format_bytes, parse_bytes, run
 from offload.errors import UsageError
 from offload.executor import executor_of, load
-from offload.limit import measure_limit
+from offload.limit import measure_links
 
 _MODELS = Path("checkpoints") / "random"
 _HASHED_BYTES = 64 << 20
@@ -102,7 +102,8 @@ def take_turn(model: Path, budget_bytes: int, tokens: int, verified: bool) -> Tu
             executor.queue.check = None
         clock = clocked(loaded, list(range(1, PROMPT_TOKENS + 1)), tokens)
         first, whole = clock.prompt_seconds, clock.times[-1] - clock.started
-        return Turn(first, whole, executor.placement.disk_bytes, measure_limit(executor).bytes_per_second)
+        (disk,) = (link for link in measure_links(executor) if link.link == "disk")
+        return Turn(first, whole, disk.bytes_per_token, disk.bytes_per_second)
     finally:
         executor.close()
 

@@ -78,7 +78,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     import torch
 
     from offload.executor import executor_of, load
-    from offload.limit import measure_limit
+    from offload.limit import measure_links
 
     loaded = load(model, cpu_memory=cpu_memory, context_tokens=context_tokens)
     executor = executor_of(loaded)
@@ -92,8 +92,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
         return clocked(loaded, prompt, count).times
 
     def facts() -> dict[str, Any]:
-        limit = measure_limit(executor)
-        disk = [1 / limit.bytes_per_second] if limit.link == "disk" else []
+        disk = [1 / link.bytes_per_second for link in measure_links(executor) if link.link == "disk"]
         return {
             "bytes_per_token": executor.bytes_per_token,
             "disk_bytes_per_token": executor.placement.disk_bytes,

@@ -145,7 +145,8 @@ def _take_turns(client: Any, url: str, key: str, options: argparse.Namespace, al
         rates[-1] = options.tokens * len(texts[-1]) / seconds
         read = after["offload_read_bytes_total"] - before["offload_read_bytes_total"]
         found.reads.append(read / (after["offload_rounds_total"] - before["offload_rounds_total"]))
-    found.shares.append(read / seconds / after["offload_link_bytes_per_second"])
+    disk = after.get('offload_link_bytes_per_second{link="disk"}')
+    found.shares.append(read / seconds / disk if disk else 0.0)
     if alone in texts[0] and alone in texts[1]:
         found.answers.append((texts[0][alone], texts[1][alone]))
 
@@ -167,7 +168,7 @@ def _metrics(url: str, key: str) -> dict[str, float]:
     with urllib.request.urlopen(asked) as response:
         lines = response.read().decode().splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
-    return {name.partition("{")[0]: float(value) for name, value in pairs}
+    return {name: float(value) for name, value in pairs}
 
 
 def _peak_bytes(process: int) -> int:

@@ -1,6 +1,6 @@
 """What Prometheus reads at /metrics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,9 +12,9 @@ from offload.streaming import Executor
 
 
 class Metrics:
-    """Counters of requests and tokens, and the state of the rounds. limit: what bounds decoding, as measured once."""
+    """Counters of requests and tokens, and the state of the rounds. links: that a token takes, as measured once."""
 
-    def __init__(self, rounds: Rounds, executor: Executor, limit: Limit) -> None:
+    def __init__(self, rounds: Rounds, executor: Executor, links: Sequence[Limit]) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "offload_requests", "Requests by route and status.", ["route", "status"], registry=registry
@@ -26,7 +26,7 @@ class Metrics:
             "offload_reused_tokens", "Tokens of prompts that began like an earlier one.", registry=registry
         )
         self.new_tokens = Counter("offload_new_tokens", "Tokens that were generated.", registry=registry)
-        registry.register(_RoundsCollector(rounds, executor, limit))
+        registry.register(_RoundsCollector(rounds, executor, links))
 
     def text(self) -> bytes:
         """Return all of them in Prometheus' text format."""
@@ -34,8 +34,8 @@ class Metrics:
 
 
 class _RoundsCollector(Collector):
-    def __init__(self, rounds: Rounds, executor: Executor, limit: Limit) -> None:
-        self._rounds, self._executor, self._limit = rounds, executor, limit
+    def __init__(self, rounds: Rounds, executor: Executor, links: Sequence[Limit]) -> None:
+        self._rounds, self._executor, self._links = rounds, executor, links
 
     def collect(self) -> Iterator[Metric]:
         """Yield what the rounds are at now."""
@@ -49,19 +49,17 @@ class _RoundsCollector(Collector):
             "Of all that run, over the last rounds; a prompt counts as one for each of its chunks.",
             self._per_second(1),
         )
-        link = GaugeMetricFamily("offload_link_bytes_per_second", "As measured at the start.", labels=["link"])
-        link.add_metric([self._limit.link], self._limit.bytes_per_second)
-        yield link
+        rate = GaugeMetricFamily("offload_link_bytes_per_second", "As measured at the start.", labels=["link"])
         fraction = GaugeMetricFamily(
             "offload_link_fraction",
-            "Of what the link that bounds decoding can carry, over the last rounds.",
+            "Of what each link can carry, over the last rounds; the link with the largest bounds decoding.",
             labels=["link"],
         )
-        if self._limit.link == "disk":
-            carried = self._per_second(0, 1)
-        else:
-            carried = self._per_second(self._limit.bytes_per_token)
-        fraction.add_metric([self._limit.link], carried / self._limit.bytes_per_second)
+        for link in self._links:
+            carried = self._per_second(0, 1) if link.link == "disk" else self._per_second(link.bytes_per_token)
+            rate.add_metric([link.link], link.bytes_per_second)
+            fraction.add_metric([link.link], carried / link.bytes_per_second)
+        yield rate
         yield fraction
 
     def _per_second(self, of_sequence: int, of_byte: int = 0) -> float:
