@@ -140,7 +140,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device):
         wishes = _on_device(wishes, machine)
     return Subject(
-        shape=Shape.of(checkpoint, units, config, dtype.itemsize),
+        shape=Shape.of(checkpoint, units, config, dtype.itemsize, wishes),
         needs=replace(needs, device_runtime_bytes=machine.device_runtime_bytes),
         wishes=wishes,
         machine=machine,

@@ -12,7 +12,7 @@ from offload.errors import InputError
 from offload.executor import executor_of, load, new_cache
 from offload.finite import FiniteLogits
 from offload.planning.costs import recall_costs
-from offload.planning.wishes import WishWords
+from offload.planning.wishes import Wishes, WishWords
 from offload.sampling import Sampling
 from offload.skeleton import read_config
 from offload.streaming import Executor
@@ -79,7 +79,8 @@ class Session:
 
     def __init__(self, prompts: Prompts, context_tokens: int, words: WishWords, exact: bool = False) -> None:
         self.prompts = prompts
-        costs = recall_costs(prompts.directory, min(context_tokens, prompts.longest_tokens) // 2)
+        context = min(context_tokens, prompts.longest_tokens) // 2
+        costs = recall_costs(prompts.directory, context, Wishes.of(words))
         self.model: PreTrainedModel = load(
             prompts.directory,
             context_tokens=context_tokens,

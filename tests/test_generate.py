@@ -69,7 +69,7 @@ def test_the_prediction_stands_beside_the_measurement(
     assert main(flags) == 0
     assert "tokens/s; not predicted; `python -m offload.plan` rehearses it\n" in capsys.readouterr().err
     costs = Costs(host_seconds=(0.01,) * 3, read_seconds=(0.0,) * 3, outside_seconds=0.01)
-    monkeypatch.setattr("offload.session.recall_costs", lambda directory, context_tokens: costs)
+    monkeypatch.setattr("offload.session.recall_costs", lambda *_: costs)
     assert main(flags) == 0
     assert "tokens/s; 25.0 predicted\n" in capsys.readouterr().err
 

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
+from kernels.attention import CHUNK_TOKENS
+from kernels.kv_block import BlockShape
 from offload.checkpoint import Checkpoint
 from offload.errors import InputError
 from offload.planning import machine
 from offload.planning.costs import Overheads, Shape, decode_costs, model_key, prefill_costs, recall_costs
 from offload.planning.machine import Machine, cache_file, load_cache, measure, read_machine, save_json
+from offload.planning.needs import CacheShape, Needs
+from offload.planning.placement import Placement
+from offload.planning.wishes import Wishes
 
 FIGURES = Machine(
     description="invented",
@@ -129,16 +134,38 @@ def test_what_a_gpu_takes() -> None:
     assert costs.outside_device_seconds == pytest.approx(5e-4)
 
 
+def test_keys_and_values_that_are_not_at_hand_cost_what_their_link_lacks() -> None:
+    block = BlockShape(1, 8, 128, 128)
+    chunk_bytes = CHUNK_TOKENS // 64 * block.nbytes
+    shape, tokens = replace(SHAPE, cache=CacheShape(0, 2, block)), 50 * CHUNK_TOKENS
+    needs = Needs(1, 1, 1, 1, SHAPE.layers_bytes, shelf_bytes=1)
+    costs = decode_costs(shape, GPU, Overheads(reading_share=0.5), tokens)
+    away = 2 * 50 * chunk_bytes
+    assert costs.cache_read_seconds == pytest.approx(away / (0.5 * GPU.disk_bytes_per_second))
+    assert costs.cache_copy_seconds == pytest.approx(away / GPU.copy_bytes_per_second)
+    assert decode_costs(shape, GPU, Overheads(), CHUNK_TOKENS - 1).cache_read_seconds == 0
+    in_memory = Placement(("host",) * 2, 0, needs, None)
+    assert in_memory.seconds(costs) > in_memory.seconds(replace(costs, cache_read_seconds=0.0))
+    assert in_memory.seconds(costs) == pytest.approx(costs.cache_read_seconds)
+    on_disk = Placement(("host", "disk"), 2, needs, None)
+    assert on_disk.seconds(costs) == pytest.approx(costs.cache_read_seconds + costs.read_seconds[1])
+    resident = Placement(("resident",) * 2, 0, needs, None)
+    assert resident.seconds(costs) == pytest.approx(costs.cache_copy_seconds)
+    mixed = Placement(("staged", "host"), 0, needs, None, 2)
+    lone = replace(costs, host_seconds=(0.0, 0.0))
+    assert mixed.seconds(lone) == pytest.approx(costs.cache_copy_seconds / 2 + costs.copy_seconds[0])
+
+
 def test_costs_are_recalled_only_where_the_model_was_rehearsed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
-    assert recall_costs(tiny_checkpoint, 100) is None
+    assert recall_costs(tiny_checkpoint, 100, Wishes()) is None
     checkpoint = Checkpoint.open(tiny_checkpoint)
     rehearsed = Overheads(layer_seconds=0.5, context_seconds=0.0)
     models = {model_key(checkpoint): rehearsed.to_json()}
     save_json(cache_file(tiny_checkpoint), {"machine": asdict(FIGURES), "models": models})
-    costs = recall_costs(tiny_checkpoint, 100)
+    costs = recall_costs(tiny_checkpoint, 100, Wishes())
     assert costs is not None
     assert costs.host_seconds == pytest.approx((0.5,) * 3, rel=1e-3)
 

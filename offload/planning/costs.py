@@ -9,13 +9,15 @@ import torch
 from transformers import PretrainedConfig
 
 from kernels.cpu_build import library_name
+from kernels.kv_block import BLOCK_TOKENS
 from offload.checkpoint import CONFIG_NAME, Checkpoint
 from offload.files import reading
 from offload.memory import whole_pages
 from offload.names import checkpoint_in_model
 from offload.planning.machine import Machine, cache_file, load_cache, save_json
-from offload.planning.needs import ExpertNeeds, cache_bytes, expert_needs, layer_bytes
+from offload.planning.needs import CacheShape, ExpertNeeds, cache_bytes, expert_needs, layer_bytes
 from offload.planning.predict import Costs
+from offload.planning.wishes import Wishes
 from offload.skeleton import build_skeleton, read_config
 from offload.units import Units
 
@@ -24,7 +26,8 @@ from offload.units import Units
 class Shape:
     """What of a model counts for speed: bytes of each layer, its quantized weights, keys and values a token, head.
 
-    head_blocks: of the head, if it can be streamed; experts: of the layers, if they have any.
+    head_blocks: of the head, if it can be streamed; experts: of the layers, if they have any. cache: keys and values
+    of which only some are at hand, None where all are.
     """
 
     layers_bytes: tuple[int, ...]
@@ -33,10 +36,13 @@ class Shape:
     head_bytes: int
     head_blocks_bytes: tuple[int, ...] = ()
     experts: ExpertNeeds | None = None
+    cache: CacheShape | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, units: Units, config: PretrainedConfig, element_bytes: int) -> "Shape":
-        """Read it off a checkpoint. element_bytes: of activations and of what is not quantized."""
+    def of(
+        cls, checkpoint: Checkpoint, units: Units, config: PretrainedConfig, element_bytes: int, wishes: Wishes
+    ) -> "Shape":
+        """Read it off a checkpoint. element_bytes: of activations and of what is not quantized. wishes: of a cache."""
         text = config.get_text_config(decoder=True)
         blobs = [blob for blob in checkpoint.blobs if blob.module]
         blocks = () if units.head is None else tuple(whole_pages(block.nbytes) for block in units.head.blocks())
@@ -46,10 +52,13 @@ class Shape:
         return cls(
             layers_bytes=layer_bytes(checkpoint),
             layers_weights=tuple(nbytes * 8 // checkpoint.recipe.bits for nbytes in weights),
-            cache_bytes_per_token=cache_bytes(config, 1, element_bytes) / len(blobs),
+            cache_bytes_per_token=cache_bytes(config, BLOCK_TOKENS, element_bytes, wishes.kv)
+            / BLOCK_TOKENS
+            / len(blobs),
             head_bytes=sum(blocks) or text.vocab_size * text.hidden_size * element_bytes,
             head_blocks_bytes=blocks,
             experts=expert_needs(config, units),
+            cache=None if wishes.kv_bytes is None else CacheShape.of(config, wishes.kv_bytes),
         )
 
     def computed_bytes(self, tokens: int) -> tuple[int, ...]:
@@ -126,6 +135,11 @@ def decode_costs(
         context = shape.cache_bytes_per_token / machine.read_bytes_per_second
     around = overheads.layer_seconds + cached * context
     costs = _costs(shape, machine, overheads, batch_size, around)
+    if shape.cache is not None:
+        away = shape.cache.away_bytes(context_tokens, batch_size)
+        disk = machine.disk_bytes_per_second * overheads.reading_share
+        bus = away / machine.copy_bytes_per_second if machine.has_device else 0.0
+        costs = replace(costs, cache_read_seconds=away / disk, cache_copy_seconds=bus)
     if not machine.has_device:
         return costs
     device_context = cached * shape.cache_bytes_per_token / machine.device_bytes_per_second
@@ -211,10 +225,10 @@ def remember_overheads(checkpoint: Checkpoint, overheads: Overheads) -> None:
     save_json(path, {**cache, "models": {**cache["models"], model_key(checkpoint): overheads.to_json()}})
 
 
-def recall_costs(directory: Path, context_tokens: int) -> Costs | None:
+def recall_costs(directory: Path, context_tokens: int, wishes: Wishes) -> Costs | None:
     """Return the costs of decoding from a checkpoint if `offload.plan` has rehearsed it on this machine, else None.
 
-    Raises CheckpointError if there is no finished checkpoint.
+    wishes: for keys and values. Raises CheckpointError if there is no finished checkpoint.
     """
     checkpoint = Checkpoint.open(directory)
     overheads = recall_overheads(checkpoint)
@@ -225,5 +239,5 @@ def recall_costs(directory: Path, context_tokens: int) -> Costs | None:
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     skeleton = build_skeleton(config, dtype)
     checkpoint = checkpoint_in_model(checkpoint, skeleton)
-    shape = Shape.of(checkpoint, Units.of(skeleton, checkpoint), config, dtype.itemsize)
+    shape = Shape.of(checkpoint, Units.of(skeleton, checkpoint), config, dtype.itemsize, wishes)
     return decode_costs(shape, machine, overheads, context_tokens)

@@ -87,6 +87,25 @@ class Needs:
         return self.activation_bytes + _RESERVE_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Keys and values of which only `budget_bytes` are at hand. layers: that share them; block: of one sequence."""
+
+    budget_bytes: int
+    layers: int
+    block: BlockShape
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, budget_bytes: int) -> "CacheShape":
+        """Return that of a model."""
+        return cls(budget_bytes, *_blocks(config, 1))
+
+    def away_bytes(self, context_tokens: int, batch_size: int) -> int:
+        """Return what every token brings back, with so many before it. Raises ResourceError for too small a budget."""
+        block = replace(self.block, batch=batch_size)
+        return shelved_bytes(self.budget_bytes, self.layers, block, context_tokens)[1]
+
+
 def count_needs(
     config: PretrainedConfig,
     checkpoint: Checkpoint,

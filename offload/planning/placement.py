@@ -146,12 +146,23 @@ class Placement:
         return self.disk_bytes + self.bytes_in("staged", "mapped")
 
     def seconds(self, costs: Costs) -> float:
-        """Return what a pass takes."""
+        """Return what a pass takes.
+
+        Keys and values that are not at hand are brought back ahead of their use, so they cost what their link lacks.
+        """
         if self.experts_apart:
             costs = costs.with_experts_apart(self.experts_apart, self.missed_share)
         if self.head_tiers:
             costs = costs.with_head_apart()
-        return walk(self.units_tiers, costs, self.depth, self.device_depth, self.way).seconds
+        passed = walk(self.units_tiers, costs, self.depth, self.device_depth, self.way).seconds
+        if not costs.cache_read_seconds:
+            return passed
+        if self.uses_device:
+            share = sum(how != "host" for how in self.hows) / len(self.hows)
+            copied = sum(s for s, how in zip(costs.copy_seconds, self.hows, strict=True) if how == "staged")
+            return max(passed, share * costs.cache_copy_seconds + copied)
+        read = sum(s for s, tier in zip(costs.read_seconds, self.units_tiers, strict=True) if tier == "disk")
+        return max(passed, costs.cache_read_seconds + read)
 
 
 def too_small(placement: Placement) -> str:

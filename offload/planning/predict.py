@@ -29,7 +29,7 @@ class Costs:
 
     What can be had apart: head, head_read: computing and reading each block of the head, the former a part of outside.
     around_read: reading a layer without its experts. fetch: reading all experts that a layer needs, for want of which
-    it waits.
+    it waits. cache_read, cache_copy: of keys and values that are not at hand, all layers', from disk or to the device.
     """
 
     host_seconds: tuple[float, ...]
@@ -45,6 +45,8 @@ class Costs:
     head_read_seconds: tuple[float, ...] = ()
     around_read_seconds: tuple[float, ...] = ()
     fetch_seconds: tuple[float, ...] = ()
+    cache_read_seconds: float = 0.0
+    cache_copy_seconds: float = 0.0
 
     def with_experts_apart(self, layers: Collection[int], missed: float) -> "Costs":
         """Return the costs where the experts of some layers are fetched, a share `missed` of them from disk."""
