@@ -4,7 +4,7 @@ Axes: S samples, T tokens, D hidden, K inputs of a linear, N its outputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.hidden_states import HiddenStates
+
+_GRAM_BLOCK = 512
+"""Rows of a gram that are added to together: a product of that size runs at full speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,35 +86,57 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
 def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict[str, Moments]:
     """Run the layer on all samples and return the moments of the inputs of the named linears.
 
-    Linears that share an input share its moments. Raises UnreachedError naming a linear that was never called.
+    Linears that share an input share its moments. The layer runs no further than the last of them that a batch comes
+    to. Raises UnreachedError naming a linear that was never called.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     counts: dict[str, int] = {}
     shared: dict[str, str] = {}
     owner: dict[int, tuple[str, Tensor]] = {}  # an address is an identity only while its tensor lives
+    expected, met = set(names), set[str]()
 
     def observe(name: str, x: Tensor) -> None:
         first, _ = owner.setdefault(x.data_ptr(), (name, x))
         shared[name] = first
-        if first != name:
-            return
-        x_TK = x.flatten(0, -2)
-        if name in sums:
+        if first == name:
+            x_TK = x.flatten(0, -2)
+            if name not in sums:
+                width = x_TK.shape[1]
+                sums[name] = (x_TK.new_zeros(width, width), x_TK.new_zeros(width))
             gram, magnitude = sums[name]
-            gram += x_TK.T @ x_TK
+            add_gram(gram, x_TK)
             magnitude += x_TK.abs().sum(0)
-        else:
-            sums[name] = (x_TK.T @ x_TK, x_TK.abs().sum(0))
-        counts[name] = counts.get(name, 0) + len(x_TK)
+            counts[name] = counts.get(name, 0) + len(x_TK)
+        met.add(name)
+        if met == expected:
+            raise _Reached(x)
 
     with observed_inputs(layer, names, observe):
-        for _ in inputs.outputs(layer):
+        for batch_BTD in inputs.hidden_STD.split(inputs.batch_samples):
+            with suppress(_Reached):
+                layer(batch_BTD, **inputs.arguments)
             owner.clear()
+            met.clear()
     missing = [name for name in names if name not in shared]
     if missing:
         raise UnreachedError(f"{', '.join(missing)}: not called by any calibration sample")
-    means = {name: Moments(g.div_(counts[name]), m.div_(counts[name])) for name, (g, m) in sums.items()}
+    means = {name: Moments(mirror(g).div_(counts[name]), m.div_(counts[name])) for name, (g, m) in sums.items()}
     return {name: means[shared[name]] for name in names}
+
+
+def add_gram(gram: Tensor, x_TK: Tensor) -> None:
+    """Add x^T x to a gram [K, K], in blocks on and above its diagonal alone, as `mirror` makes up for the others."""
+    for start in range(0, len(gram), _GRAM_BLOCK):
+        columns = slice(start, start + _GRAM_BLOCK)
+        gram[columns, start:].addmm_(x_TK[:, columns].T, x_TK[:, start:])
+
+
+def mirror(gram: Tensor) -> Tensor:
+    """Return a gram with the blocks below its diagonal, in place."""
+    for start in range(_GRAM_BLOCK, len(gram), _GRAM_BLOCK):
+        columns = slice(start - _GRAM_BLOCK, start)
+        gram[start:, columns] = gram[columns, start:].T
+    return gram
 
 
 def unreached(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> list[str]:
