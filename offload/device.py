@@ -180,13 +180,17 @@ class CudaDevice:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes, out of pinned memory, in the stream of the copies."""
-        with torch.cuda.stream(self._copies):
-            target.copy_(source, non_blocking=True)
+        target.record_stream(self._copies)  # torch may be given it back before it is written
+        self._copy(target, source)
 
     def copy_back(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes from the device into pinned memory, in the same stream."""
-        source.record_stream(self._copies)  # torch may be given the source back before it is copied
-        self.copy(target, source)
+        source.record_stream(self._copies)
+        self._copy(target, source)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
 
     def mark_copies(self) -> Fence:
         """Return a fence behind the copies that are queued."""

@@ -98,6 +98,7 @@ class FakeDevice:
         buffer = Bytes(nbytes)
         memory = torch.frombuffer(buffer, dtype=torch.uint8).fill_(0xFF)
         region = Region(memory)
+        region.used = self.clock_of("compute").get("compute", 0)  # it may be memory that was just given back
         self.regions.append(region)
         self.held_bytes += nbytes
         weakref.finalize(buffer, self._freed, region, nbytes)
