@@ -16,6 +16,7 @@ from offload.executor import executor_of, load
 from offload.planning.choice import plan as real_plan
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement, describe
+from offload.planning.predict import Costs
 from offload.rounds import Rounds
 
 pytestmark = pytest.mark.timeout(120)
@@ -204,3 +205,28 @@ def test_a_gpu_that_is_full_is_an_error_and_leaves_nothing_pinned(
     ):
         pass
     assert not full.pinned
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_one_slot_that_was_planned_for_a_small_budget_equals_the_resident_model(
+    eager: bool, tiny_checkpoint: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
+    with placed(monkeypatch, tiny_checkpoint, "staged, 1 slot") as (model, _):
+        one_slot = executor_of(model).placement.device_bytes
+    count, slow, fast = 3, 1.0, 1e-4
+    costs = Costs(
+        host_seconds=(slow,) * count,
+        read_seconds=(slow,) * count,
+        outside_seconds=slow,
+        device_seconds=(fast,) * count,
+        mapped_seconds=(slow,) * count,
+        copy_seconds=(fast,) * count,
+    )
+    with fake_gpu(monkeypatch, FakeDevice(eager=eager)):
+        model = load(tiny_checkpoint, gpu_memory=one_slot, costs=costs, poison=True)
+        assert executor_of(model).placement.device_depth == 1
+        assert executor_of(model).placement.tiers == ("staged",) * count
+        for _ in range(2):
+            assert same(passes(model), expected)
+        executor_of(model).close()

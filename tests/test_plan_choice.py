@@ -201,3 +201,18 @@ def test_a_plan_with_a_gpu_in_words() -> None:
         "   506.0 MiB  together, of a budget of 524.0 MiB",
         "    60.0 MiB  read from disk for every pass over the model",
     ]
+
+
+def test_one_slot_on_the_gpu_where_two_do_not_fit_and_the_bus_is_fast() -> None:
+    fast_bus = dataclasses.replace(DESKTOP, copy_seconds=(1e-5,) * COUNT)
+    for slots, depth, words in ((1.5, 1, "one slot: no layer is copied while another is computed"), (2, 2, "2 slots")):
+        wishes = Wishes(gpu_bytes=DEVICE_AROUND + int(slots * LAYER))
+        found = plan(NEEDS, wishes, fast_bus)
+        assert (found.tiers, found.device_depth) == (("staged",) * COUNT, depth)
+        assert found.fits
+        assert words in describe(found)
+        other = plan(NEEDS, wishes)  # without costs there are layers that stay on the GPU, or two slots
+        assert other.fits
+        assert other.device_depth != 1
+    with pytest.raises(ResourceError, match=r"--gpu-memory .* too small"):
+        plan(NEEDS, Wishes(gpu_bytes=DEVICE_AROUND - NEEDS.cache_bytes), fast_bus)

@@ -142,17 +142,26 @@ def _head_apart(placement: Placement) -> Placement:
 
 
 def _with_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
-    """Yield placements that fill the GPU, and differ in what becomes of the other layers."""
+    """Yield placements that fill the GPU, and differ in what becomes of the other layers.
+
+    Layers are copied there into two slots, one while the other is computed from. One slot, without that overlap, comes
+    last: it leaves room for a layer more, and may be all that there is room for.
+    """
+    yield from _with_device_slots(needs, wishes, _DEVICE_DEPTH)
+    yield from (placement for placement in _with_device_slots(needs, wishes, 1) if placement.device_depth)
+
+
+def _with_device_slots(needs: Needs, wishes: Wishes, device_depth: int) -> Iterator[Placement]:
     ways: list[tuple[Way, float]] = [("host", 0.0), ("mapped", 0.0), ("staged", 1.0)]
     ways += [("host", share / _MIXES) for share in range(1, _MIXES)]
     for way, staged_share in ways:
         for depth in _depths(wishes, len(needs.layers_bytes)):
-            placement = _filled(needs, wishes, way, staged_share, depth)
+            placement = _filled(needs, wishes, way, staged_share, depth, device_depth)
             if placement.uses_device and (placement.device_depth or not staged_share):  # else it is no mix at all
                 yield placement
 
 
-def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: int) -> Placement:
+def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: int, device_depth: int) -> Placement:
     """Return the placement with the most layers on the GPU, then the fewest on disk, whether it fits or not."""
     count = len(needs.layers_bytes)
 
@@ -160,7 +169,7 @@ def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: 
         staged = round(staged_share * (count - resident - on_disk))
         tiers = _arranged(count, resident, on_disk, staged, way, wishes)
         copied = tiers.count("staged") + (tiers.count("disk") if way == "staged" else 0)
-        slots, device_slots = min(depth, tiers.count("disk")), min(_DEVICE_DEPTH, copied)
+        slots, device_slots = min(depth, tiers.count("disk")), min(device_depth, copied)
         return Placement(tiers, slots, needs, wishes.cpu_bytes, device_slots, wishes.gpu_bytes, way)
 
     def fewest_on_disk(resident: int) -> int:

@@ -230,12 +230,18 @@ def describe(placement: Placement) -> str:
             ("keys and values", placement.device_cache_bytes),
             ("activations and reserve", needs.working_bytes),
             *_layer_lines(placement, {"resident": "on the GPU"}),
-            (f"ring of {placement.device_depth} slots", placement.device_depth * max(needs.layers_bytes)),
+            (_device_ring(placement), placement.device_depth * max(needs.layers_bytes)),
         ]
         if "mapped" in placement.hows:
             on_device.append(("one more, for prompts of layers read across the bus", max(needs.layers_bytes)))
         text += f"\non the GPU\n{_sum(on_device, placement.device_bytes, placement.device_budget_bytes)}"
     return f"plan\n{text}\n  {format_bytes(placement.disk_bytes):>10}  read from disk for every pass over the model"
+
+
+def _device_ring(placement: Placement) -> str:
+    if placement.device_depth == 1:
+        return "one slot: no layer is copied while another is computed"
+    return f"ring of {placement.device_depth} slots"
 
 
 def _around(placement: Placement) -> str:
