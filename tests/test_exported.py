@@ -11,6 +11,7 @@ from eval import exported
 from eval.exported import main
 from quant.export import main as export
 from quant.rtn import main as rtn
+from tests.test_export_gguf import model_of
 
 NEEDS_LLAMA_CPP = pytest.mark.skipif(
     find_spec("llama_cpp") is None, reason="NOT RUN: needs llama-cpp-python, pip install llama-cpp-python"
@@ -38,11 +39,26 @@ def text(tmp_path: Path) -> Path:
 def test_a_tiny_model(
     flags: list[str], tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = tmp_path / "ours"
-    assert rtn(["--model", str(tiny_model), "--output", str(checkpoint), "--group-size", "32", *flags]) == 0
+    source, checkpoint = model_of("llama", tiny_model, tmp_path / "model"), tmp_path / "ours"
+    assert rtn(["--model", str(source), "--output", str(checkpoint), "--group-size", "32", *flags]) == 0
     exact, fast, theirs = measured(checkpoint, ["--text", str(text), "--window", "128"], capsys)
     assert exact > 1
     assert abs(theirs - exact) <= max(0.02, 2 * abs(fast - exact))
+
+
+@NEEDS_LLAMA_CPP
+def test_other_tokens_are_refused(
+    tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, path = tmp_path / "ours", tmp_path / "ours.gguf"
+    source = model_of("llama", tiny_model, tmp_path / "model")
+    assert rtn(["--model", str(source), "--output", str(checkpoint), "--group-size", "32"]) == 0
+    assert export(["--model", str(checkpoint), "--format", "gguf", "--output", str(path)]) == 0
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["--model", str(checkpoint), "--gguf", str(path), "--text", str(text), "--window", "64"]) == 3
+    assert "llama.cpp cuts the text into" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_named(

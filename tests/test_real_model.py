@@ -1,6 +1,7 @@
 """The promises on the embedded model: accuracy kept, the budget kept, and the file opened by others."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from gguf import GGUFReader
+from gguf.quants import dequantize as dequantize_gguf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from eval.likelihood import Protocol, measure
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
 from offload.planning.needs import CODE_BYTES
-from offload.source import resolve_model
+from offload.source import _embedded_gguf, resolve_model
 from offload.text import load_text, tokenize
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -128,3 +132,37 @@ def test_the_checkpoint_opens_in_plain_transformers(checkpoints: dict[str, Path]
     tokens = torch.arange(100, 164)[None]
     with torch.inference_mode():
         assert torch.equal(opened(tokens).logits, reference(tokens).logits)
+
+
+def from_gguf(file: Path) -> LlamaForCausalLM:
+    """The embedded model in float32, its blocks dequantised by gguf itself and put under their names by hand."""
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(resolve_model(None))).float().eval()
+    places = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    inner = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    inner |= {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"} | {"attn_output": "self_attn.o_proj"}
+    inner |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    filled = set()
+    for tensor in GGUFReader(file).tensors:
+        values = torch.from_numpy(dequantize_gguf(tensor.data, tensor.tensor_type).copy())
+        first, _, rest = tensor.name.removesuffix(".weight").partition(".")
+        if first == "blk":
+            layer, _, part = rest.partition(".")
+            if part in heads:  # llama.cpp has the halves of a head interleaved
+                values = values.view(heads[part], -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
+            name = f"model.layers.{layer}.{inner[part]}.weight"
+        else:
+            name = f"{places[first]}.weight"
+        model.get_parameter(name).data.copy_(values)
+        filled.add(name)
+    assert filled | {"lm_head.weight"} == set(model.state_dict())
+    return model
+
+
+def test_the_embedded_file_reads_as_its_reference_dequantisation() -> None:
+    text = load_text(None, "evaluation")
+    tokens = tokenize(text, AutoTokenizer.from_pretrained(resolve_model(None)))
+    found = AutoModelForCausalLM.from_pretrained(resolve_model(None), dtype=torch.float32).eval()
+    protocol = Protocol(2048, 2048, 2)
+    nll = [sum(measure(model, tokens, protocol, "window")[0]) / 2 for model in (from_gguf(_embedded_gguf()), found)]
+    assert abs(math.exp(nll[1] - nll[0]) - 1) <= 1e-3, nll
