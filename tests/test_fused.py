@@ -338,7 +338,7 @@ def test_steps_over_keys_on_disk_give_the_bits_of_those_in_memory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, mode: Any
 ) -> None:
     """The context passes the end of a chunk in the middle, and is cut back into one that was on disk."""
-    monkeypatch.setattr("offload.kv_shelf.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("offload.kv_store.cache_directory", lambda: tmp_path)
     directory = checkpoint_of("llama", tmp_path, tiny_model, max_position_embeddings=8192)
     prompt = torch.randint(4, 250, (1, 3 * CHUNK_TOKENS - 2), generator=torch.Generator().manual_seed(0))
 

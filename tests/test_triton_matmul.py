@@ -296,8 +296,10 @@ def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dic
     tuning = TUNINGS[8]
     tiles = [("matmul", tile) for tile in tuning.tiles] + [("mapped", tuning.mapped)]
     names = ["dequantize", *(f"{kind} {tile.block_m}x{tile.block_n}x{tile.largest_step}" for kind, tile in tiles)]
-    kinds = ("attention, {}, heads of {}, causal", "attention, {}, heads of {}, masked")
-    kinds = (*kinds, "merge, {}, heads of {}", "append, {}, heads of {}")
+    kinds = [
+        f"attention of {rows} rows, {{}}, heads of {{}}, {seen}" for rows in (16, 64) for seen in ("causal", "masked")
+    ]
+    kinds += ["merge, {}, heads of {}", "append, {}, heads of {}"]
     attention = {kind.format(*of) for kind in kinds for of in product(("fp16", "bf16"), (64, 128))}
     assert set(by_name) == {"read", "reduce, fp16", "reduce, bf16"} | attention | {
         f"{kernel}, int{bits}, {dtype}, group {group}, {zero}"
