@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eval.results import RESULTS, append, circumstances, command_line
-from eval.speed import checksums, executor, gpu, kernels, kv, kv_disk, serve, tiers
+from eval.speed import checksums, convert, executor, gpu, kernels, kv, kv_disk, serve, tiers
 from offload.command import Parser, run, say
 from offload.errors import ResourceError
 
@@ -60,6 +60,7 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "serve": Subject("the server, one client against many at once", serve.add_flags, serve.measure),
     "gpu": Subject("everything that waits for a GPU, step by step", gpu.add_flags, gpu.measure),
+    "convert": Subject("re-laying a checkpoint of AWQ's, against the disk", convert.add_flags, convert.measure),
     "checksums": Subject("what verifying checksums costs a streamed run", checksums.add_flags, checksums.measure),
 }
 

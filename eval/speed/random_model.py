@@ -85,13 +85,16 @@ SHAPES = {
 """Those of Llama 3.1 and 3.2, and one for tests."""
 
 
-def write_checkpoint(shape: ModelShape, directory: Path) -> None:
-    """Write a checkpoint of this toolkit, unless it is there: int4 in groups of 64, symmetric, the head in 8 bits."""
+def write_checkpoint(shape: ModelShape, directory: Path, *, wide_head: bool = True) -> None:
+    """Write a checkpoint of this toolkit, unless it is there: int4 in groups of 64, symmetric, the head in 8 bits.
+
+    wide_head: False to leave the head in bfloat16, as formats of one width want it.
+    """
     if (directory / MANIFEST_NAME).exists():
         return
     recipe = Recipe(
-        method="random", bits=4, group_size=GROUP_SIZE, symmetric=True, ignore=(), source=None, source_xxh3="0" * 16,
-        seed=0, wide=("lm_head",),
+        method="random", bits=4, group_size=GROUP_SIZE, symmetric=True, ignore=() if wide_head else ("lm_head",),
+        source=None, source_xxh3="0" * 16, seed=0, wide=("lm_head",) if wide_head else (),
     )  # fmt: skip
     noise = torch.Generator().manual_seed(0)
     progress = Progress(f"writing {directory.name}", shape.layers)
@@ -105,7 +108,10 @@ def write_checkpoint(shape: ModelShape, directory: Path) -> None:
                 tensors |= _packed(noise, f"{module}.{name}", rows, inputs, 4)
             writer.write_shard(index + 1, module, tensors, {})
             progress.advance()
-        head = _packed(noise, "lm_head", shape.vocabulary, shape.hidden, 8)
+        if wide_head:
+            head = _packed(noise, "lm_head", shape.vocabulary, shape.hidden, 8)
+        else:
+            head = {"lm_head.weight": _normal(noise, (shape.vocabulary, shape.hidden), shape.hidden**-0.5)}
         head["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
         writer.write_shard(shape.layers + 1, "", head, {})
         writer.finish(shape.config(), {})
