@@ -22,7 +22,6 @@ from offload.checkpoint import Checkpoint
 from offload.command import Progress
 from offload.errors import ResourceError
 from offload.memory import Arena, FileReader, whole_pages
-from quant.export import export
 
 _PIECE_BYTES = 8 << 20
 
@@ -52,12 +51,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> ConvertReport:
-    """Time all three in turn. Raises ResourceError if a conversion fails."""
+    """Time all three in turn. Raises ResourceError if the export or a conversion fails."""
     source = options.models / f"{options.shape}.awq"
     if not source.exists():
         ours = options.models / f"{options.shape}.int4-plain-head"
         write_checkpoint(SHAPES[options.shape], ours, wide_head=False)
-        export(Checkpoint.open(ours), "awq", source)
+        _run("quant.export", "--format", "awq", "--model", str(ours), "--output", str(source))
     files = sorted(source.glob("*.safetensors"))
     samples = []
     progress = Progress("round", options.rounds)
@@ -115,12 +114,18 @@ def _read(files: list[Path]) -> float:
 
 def _convert(source: Path, output: Path) -> float:
     """Return the seconds that `quant.convert` says it took."""
-    command = [sys.executable, "-m", "quant.convert", "--json", "--model", str(source), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ResourceError(f"quant.convert failed: {result.stderr.strip().splitlines()[-1]}")
-    seconds: float = json.loads(result.stdout)["seconds"]
+    seconds: float = json.loads(_run("quant.convert", "--json", "--model", str(source), "--output", str(output)))[
+        "seconds"
+    ]
     return seconds
+
+
+def _run(module: str, *flags: str) -> str:
+    """Return what a command prints. Raises ResourceError with its last line if it fails."""
+    result = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ResourceError(f"{module} failed: {result.stderr.strip().splitlines()[-1]}")
+    return result.stdout
 
 
 def _write(path: Path, nbytes: int) -> float:
