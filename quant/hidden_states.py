@@ -4,8 +4,6 @@ Axes: S samples, T tokens, D hidden.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,30 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload.command import format_bytes
-from offload.errors import ResourceError
-
-
-class NamelessFile:
-    """A file without a name in `directory`, `nbytes` long: nothing of it is left, whatever ends the process.
-
-    Raises ResourceError if the disk has no room for it.
-    """
-
-    def __init__(self, directory: Path, nbytes: int) -> None:
-        self.descriptor = -1
-        try:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                self.descriptor = os.dup(file.fileno())
-            os.posix_fallocate(self.descriptor, 0, nbytes)
-        except OSError as error:
-            raise ResourceError(
-                f"{directory}: {format_bytes(nbytes)} for hidden states cannot be had on that disk ({error.strerror})"
-            ) from None
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+from quant.nameless_file import NamelessFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +37,12 @@ class Spilled:
         """Yield float32 [at most `samples`, *shape], read one after the other."""
         for start in range(0, self.samples, samples):
             batch_BTD = torch.empty(min(samples, self.samples - start), *self.shape)
-            view = batch_BTD.numpy().data.cast("B")
-            offset = self._offset(start)
-            while view:
-                count = os.preadv(self.file.descriptor, [view], offset)
-                view, offset = view[count:], offset + count
+            self.file.read_into(self._offset(start), batch_BTD)
             yield batch_BTD
 
     def write(self, start: int, batch_BTD: Tensor) -> None:
         """Overwrite the samples from `start` on."""
-        view, offset = batch_BTD.contiguous().numpy().data.cast("B"), self._offset(start)
-        while view:
-            count = os.pwrite(self.file.descriptor, view, offset)
-            view, offset = view[count:], offset + count
+        self.file.write(self._offset(start), batch_BTD)
 
     def _offset(self, sample: int) -> int:
         return 4 * (self.first + sample) * math.prod(self.shape)
@@ -91,7 +59,7 @@ def new_states(samples: int, like: Tensor, directory: Path | None) -> HiddenStat
     shape = like.shape[1:]
     if directory is None:
         return torch.empty(samples, *shape)
-    return Spilled(NamelessFile(directory, 4 * samples * math.prod(shape)), samples, tuple(shape))
+    return Spilled(NamelessFile(directory, "hidden states", 4 * samples * math.prod(shape)), samples, tuple(shape))
 
 
 def fill(states: HiddenStates, batches: Iterable[Tensor]) -> HiddenStates:

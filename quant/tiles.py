@@ -1,0 +1,165 @@
+"""Matrices too large for memory, in square tiles that lie in memory or in a file: products, factors, inverses.
+
+The size of a tile is fixed, and everything is computed tile by tile in one order, so where tiles lie changes no bit. At
+any time a handful of them is held: four, and what a function is given. A matrix of one tile is worked on as a whole.
+
+Axes: K rows and columns of a matrix, N rows of others beside it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.nameless_file import NamelessFile
+
+TILE = 2048
+"""Rows of a tile, 32 MiB in float64: products of that size run at full speed and outweigh reading their factors."""
+
+
+class Tiles:
+    """A float64 matrix [K, K] in tiles of `tile` rows and columns, the last ones smaller.
+
+    upper: only tiles on and above the diagonal are there. directory: of the file they lie in, in memory without one.
+    Raises ResourceError if the disk has no room.
+    """
+
+    def __init__(self, width: int, upper: bool, directory: Path | None = None, tile: int | None = None) -> None:
+        self.width, self.upper, self.tile = width, upper, tile or TILE
+        self.count = -(-width // self.tile)
+        self._held: dict[tuple[int, int], Tensor] = {}
+        self._file = None if directory is None else NamelessFile(directory, "statistics", self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles, each as large as the first."""
+        return len(list(self.places())) * 8 * self.tile**2
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield row and column of every tile, counted in tiles."""
+        return ((i, j) for j in range(self.count) for i in range(j + 1 if self.upper else self.count))
+
+    def span(self, index: int) -> slice:
+        """Return the rows of the matrix that tiles of row `index` hold, or the columns of column `index`."""
+        return slice(index * self.tile, min((index + 1) * self.tile, self.width))
+
+    def read(self, row: int, column: int) -> Tensor:
+        """Return a tile, float64 and contiguous; not to be changed, as it may be the one that is kept."""
+        if self._file is None:
+            return self._held[row, column]
+        rows, columns = self.span(row), self.span(column)
+        tile = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.float64)
+        self._file.read_into(self._offset(row, column), tile)
+        return tile
+
+    def write(self, row: int, column: int, tile: Tensor) -> None:
+        """Keep a tile, which is not to be changed afterwards."""
+        if self._file is None:
+            self._held[row, column] = tile.contiguous()
+        else:
+            self._file.write(self._offset(row, column), tile)
+
+    def _offset(self, row: int, column: int) -> int:
+        before = column * (column + 1) // 2 if self.upper else column * self.count
+        return (before + row) * 8 * self.tile**2
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, float64 [K]."""
+        return torch.cat([self.read(i, i).diagonal() for i in range(self.count)])
+
+    def whole(self) -> Tensor:
+        """Return the matrix, float64 [K, K], zero where it has no tiles."""
+        matrix = torch.zeros(self.width, self.width, dtype=torch.float64)
+        for row, column in self.places():
+            matrix[self.span(row), self.span(column)] = self.read(row, column)
+        return matrix
+
+
+def cut(matrix: Tensor, upper: bool, tile: int | None = None) -> Tiles:
+    """Cut a float64 matrix [K, K] into tiles in memory; one of a single tile is not copied."""
+    tiles = Tiles(len(matrix), upper, tile=tile)
+    for row, column in tiles.places():
+        tiles.write(row, column, matrix[tiles.span(row), tiles.span(column)])
+    return tiles
+
+
+def factorise(symmetric: Tiles, shift: float, directory: Path | None) -> Tiles | None:
+    """Return R, upper, with R R^T = H + shift; None if that is not positive. `symmetric`: the upper tiles of H.
+
+    Column after column from the last one, a Cholesky factorisation from the lower right corner:
+    R_kk R_kk^T = H_kk - sum_j R_kj R_kj^T and R_ik = (H_ik - sum_j R_ij R_kj^T) R_kk^-T, with j > k.
+    """
+    factor = Tiles(symmetric.width, True, directory, symmetric.tile)
+    for k in reversed(range(factor.count)):
+        corner = torch.empty(0)
+        for i in reversed(range(k + 1)):
+            rest = symmetric.read(i, k).clone()
+            if i == k:
+                rest.diagonal().add_(shift)
+            for j in range(k + 1, factor.count):
+                rest.addmm_(factor.read(i, j), factor.read(k, j).T, alpha=-1)
+            if i == k:
+                # With rows and columns reversed, L L^T = reverse(H) gives H = R R^T in one factorisation.
+                lower, failed = torch.linalg.cholesky_ex(rest.flip(0, 1))
+                if failed:
+                    return None
+                rest = corner = lower.flip(0, 1)
+            else:
+                rest = torch.linalg.solve_triangular(corner.T, rest, upper=False, left=False)
+            factor.write(i, k, rest)
+    return factor
+
+
+def invert(factor: Tiles) -> None:
+    """Put U = R^-1 in the place of R, upper.
+
+    Column after column, each from the top: U_ij = -(sum_k U_ik R_kj) R_jj^-1 with i <= k < j.
+    """
+    for j in range(factor.count):
+        corner = factor.read(j, j)
+        for i in range(j):
+            total = torch.zeros(factor.tile, corner.shape[1], dtype=torch.float64)
+            for k in range(i, j):
+                total.addmm_(factor.read(i, k), factor.read(k, j), alpha=-1)
+            factor.write(i, j, torch.linalg.solve_triangular(corner, total, upper=True, left=False))
+        eye = torch.eye(len(corner), dtype=torch.float64)
+        factor.write(j, j, torch.linalg.solve_triangular(corner, eye, upper=True))
+
+
+def times(rows: Tensor, matrix: Tiles) -> Tensor:
+    """Return rows M, float64 [N, K], for float64 rows [N, K] and a matrix M that has all its tiles."""
+    product = torch.empty_like(rows)
+    for j in range(matrix.count):
+        part = rows[:, matrix.span(0)] @ matrix.read(0, j)
+        for i in range(1, matrix.count):
+            part.addmm_(rows[:, matrix.span(i)], matrix.read(i, j))
+        product[:, matrix.span(j)] = part
+    return product
+
+
+def times_squared_(rows: Tensor, factor: Tiles) -> Tensor:
+    """Overwrite float64 rows [N, K] with rows U^T U, for an upper U."""
+    for i in range(factor.count):
+        part = rows[:, factor.span(i)] @ factor.read(i, i).T
+        for j in range(i + 1, factor.count):
+            part.addmm_(rows[:, factor.span(j)], factor.read(i, j).T)
+        rows[:, factor.span(i)] = part
+    for j in reversed(range(factor.count)):
+        part = rows[:, factor.span(j)] @ factor.read(j, j)
+        for i in range(j):
+            part.addmm_(rows[:, factor.span(i)], factor.read(i, j))
+        rows[:, factor.span(j)] = part
+    return rows
+
+
+def quadratic(rows: Tensor, symmetric: Tiles) -> Tensor:
+    """Return d G d^T of every row d of float64 [N, K], for the upper tiles of a symmetric G: [N]."""
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    for j in range(symmetric.count):
+        columns = rows[:, symmetric.span(j)]
+        part = columns @ symmetric.read(j, j)
+        for i in range(j):  # both triangles have it
+            part.addmm_(rows[:, symmetric.span(i)], symmetric.read(i, j), alpha=2)
+        total += part.mul_(columns).sum(1)
+    return total
