@@ -95,6 +95,18 @@ class SourceWeights:
             raise CheckpointError(f"tensor {name!r} is missing from the model; it names {len(self.locations)} others")
         return _read(name, location, 0, location.spec.nbytes).view(location.spec.shape)
 
+    def read_as_float(self, name: str) -> Tensor:
+        """Read one tensor as `read` does, as float32 if it holds floats: piece by piece, never whole in both dtypes."""
+        location = self.locations.get(name)
+        if location is None or not location.spec.dtype.is_floating_point or location.spec.dtype == torch.float32:
+            return self.read(name)
+        itemsize, nbytes = location.spec.dtype.itemsize, location.spec.nbytes
+        values = torch.empty(nbytes // itemsize)
+        for start in range(0, nbytes, _PIECE_BYTES):
+            piece = _read(name, location, start, min(_PIECE_BYTES, nbytes - start))
+            values[start // itemsize :][: len(piece)] = piece
+        return values.view(location.spec.shape)
+
     def fingerprint(self) -> str:
         """Read everything once: return the xxh3 of names and bytes. Raises InputError on a non-finite tensor."""
         digest = xxhash.xxh3_64()

@@ -17,11 +17,29 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True)
+class OnDisk:
+    """What one layer takes where statistics, and what the unquantized layer sees, lie in files.
+
+    observing_bytes: of memory while a batch runs. working_bytes: while none does. disk_bytes: of files, besides the
+    inputs of the unquantized linears. traffic_bytes: read and written, about.
+    """
+
+    observing_bytes: int
+    working_bytes: int
+    disk_bytes: int
+    traffic_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
-    """What one layer takes, besides its weights and a run of it: bytes at most, and operations in all, about."""
+    """What one layer takes, besides its weights and a run of it: bytes at most, and operations in all, about.
+
+    on_disk: the same for methods that can put their statistics into files.
+    """
 
     memory_bytes: int
     operations: float
+    on_disk: OnDisk | None = None
 
     @classmethod
     def of_rounding(cls, shapes: list[Shape]) -> "Cost":

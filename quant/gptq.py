@@ -20,6 +20,7 @@ And AWQ's scales can go into the layer first.
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,14 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from offload.command import say
+from quant import tiles
 from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
-from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
+from quant.cost import Cost, OnDisk, Shape, Windows
+from quant.gptq_cost import LinearWork, chunk_rows
 from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax
+from quant.hessian import Hessian, Statistics, observe, observed, record
 from quant.layer import LayerInputs, UnreachedError, inputs_of, moments
 from quant.scale_groups import sets_by_input
+from quant.tiles import times, times_squared_
+from quant.walk_inputs import most_batch_samples
+
+Seen = Callable[[str], Statistics]
 
 _BLOCK_COLUMNS = 64
-_DAMPING_STEP = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +79,32 @@ class Gptq:
         return asdict(self.settings)
 
     def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
-        """Return what a layer whose linears have these shapes will take.
+        """Return what a layer whose linears have these shapes will take; AWQ's scales come before.
 
-        Memory, in float64: while a linear's Hessian is made, six matrices [K, K]; while it is rounded, three and some
-        weights [N, K]; a search over candidates. What one pass shows of all linears is held meanwhile; AWQ's scales
-        come before.
+        What one pass shows of all linears is held until they are rounded.
         """
         assert windows is not None, "it needs inputs"
-        search, scaling = self.settings.search, Awq(self.settings.search).cost(shapes, grid, windows)
-        candidates = search.clip_points * (2 if grid.symmetric else 1)
-        held = 0 if self.settings.sequential else FLOAT_BYTES * sum(k * k for _, k in shapes)
-        largest = held + max(
-            8 * max(6 * k * k + n * k, 3 * k * k + 9 * n * k) + 4 * FLOAT_BYTES * candidates * n * grid.group(k)
-            for n, k in shapes
-        )
+        settings = self.settings
+        scaling = Awq(settings.search).cost(shapes, grid, windows) if settings.scale else None
+        batch_tokens = most_batch_samples(windows.tokens) * windows.tokens
+        how = windows, batch_tokens, grid, settings.search.clip_points, self.needs_original
+        works = [LinearWork(n, k, *how) for n, k in shapes]
+        held_bytes = held_file_bytes = held_narrow_bytes = 0
+        if not settings.sequential:
+            held_bytes, held_file_bytes = sum(w.held_bytes for w in works), sum(w.recording_bytes for w in works)
+            held_narrow_bytes = sum(w.held_bytes for w in works if not w.wide)
+        scaling_bytes = scaling.memory_bytes if scaling else 0
         weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
         passes = 2.0 * weights * tokens * (6 if self.needs_original else 3)
         rounding = sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
-        operations = passes + rounding + (scaling.operations if self.settings.scale else 0)
-        return Cost(max(scaling.memory_bytes if self.settings.scale else 0, largest), operations)
+        operations = passes + rounding + (scaling.operations if scaling else 0)
+        on_disk = OnDisk(
+            observing_bytes=held_narrow_bytes + max(w.observing_bytes for w in works),
+            working_bytes=max(scaling_bytes, held_narrow_bytes + max(w.working_bytes for w in works)),
+            disk_bytes=held_file_bytes + max(w.file_bytes for w in works),
+            traffic_bytes=sum(w.traffic_bytes for w in works),
+        )
+        return Cost(max(scaling_bytes, held_bytes + max(w.memory_bytes for w in works)), operations, on_disk)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
@@ -99,124 +113,92 @@ class Gptq:
 
         Rounding those weights to nearest gives the codes chosen here. Raises ArithmeticError for inputs not finite.
         """
-        settings = self.settings
+        settings, directory = self.settings, inputs.statistics_to
         report: dict[str, Any] = {"ranges": {}}
         if settings.scale:
             _, report["scales"] = scale_layer(layer, inputs, grids, head_dim, settings.search)
-        original = copy.deepcopy(layer) if self.needs_original else None
+        sets = sets_by_input(layer, inputs, list(grids))
+        statistics = self._in_sequence(layer, inputs, sets) if settings.sequential else _at_once(layer, inputs, sets)
         found: dict[str, Parameters] = {}
-        seen = {} if settings.sequential else moments(layer, inputs, grids)
-        for members in sets_by_input(layer, inputs, list(grids)):
+        for members in sets:
             first = members[0]
             try:
-                gram, cross = (seen[first].gram.double(), None) if seen else observe(layer, original, inputs, first)
+                seen = statistics(first)
             except UnreachedError:  # rounding what comes before has sent an expert's few tokens elsewhere
                 say(f"{', '.join(members)}: rounding what comes before left no token here; rounded to nearest")
                 report.setdefault("lost_tokens", []).extend(members)
                 weights = {name: layer.get_parameter(f"{name}.weight").data for name in members}
                 found |= {name: minmax(weight, grids[name]) for name, weight in weights.items()}
                 continue
-            if not torch.isfinite(gram).all():
+            if not seen.finite():
                 raise ArithmeticError(f"{first}: its inputs are not finite")
-            hessian = Hessian.of(gram, settings.damping)
+            hessian = Hessian.of(seen, settings.damping, directory)
             if hessian.damping > settings.damping:
                 report.setdefault("raised_damping", {})[", ".join(members)] = hessian.damping
+            share = 0.0 if seen.lost is None else settings.propagation
             for name in members:
-                parameter = layer.get_parameter(f"{name}.weight")
-                weight = parameter.data
-                if cross is not None:
-                    weight = propagate(weight, hessian, cross, settings.propagation)
-                found[name], parameter.data = round_weight(weight, hessian, grids[name], settings.search)
-                report["ranges"][name] = kept_range(weight, found[name], grids[name])
+                weight = layer.get_parameter(f"{name}.weight").data
+                found[name], kept = round_in_place(weight, hessian, grids[name], settings.search, share)
+                report["ranges"][name] = kept
+            del seen, hessian  # the next set's are made without these beside them
         return found, report
 
+    def _in_sequence(self, layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]]) -> Seen:
+        """Return a function that observes a linear as the layer is when it is called, beside the unquantized one.
 
-def observe(
-    layer: nn.Module, original: nn.Module | None, inputs: LayerInputs, name: str
-) -> tuple[Tensor, Tensor | None]:
-    """Return E[x x^T] and E[x0 x^T], float64 [K, K], of the inputs x of a linear and x0 of the same in `original`.
-
-    The second is None without `original`, and where the two do not see the same tokens, as behind a router. Raises
-    UnreachedError if no sample calls the linear.
-    """
-    width = layer.get_parameter(f"{name}.weight").shape[1]
-    gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
-    tokens, paired = 0, original is not None
-    others = inputs_of(layer if original is None else original, inputs.original(), name)
-    for x_TK in inputs_of(layer, inputs, name):
-        tokens += len(x_TK)
-        gram += x_TK.T @ x_TK
-        x0_TK = next(others) if paired else x_TK
-        paired = paired and len(x0_TK) == len(x_TK)
-        if paired:
-            cross += x0_TK.T @ x_TK
-    if not tokens:
-        raise UnreachedError(f"{name}: not called by any calibration sample")
-    return gram.div_(tokens), cross.div_(tokens) if paired else None
-
-
-@dataclass(frozen=True, slots=True)
-class Hessian:
-    """The loss of a linear's weights around W, and the order in which its columns are rounded.
-
-    gram: G, float64 [K, K]. order: int64 [K], columns by falling diagonal. factor: U, float64 [K, K], upper, with
-    U^T U = (G + damping mean(diag G))^-1 for columns in that order. damping: what it took to have one.
-    """
-
-    gram: Tensor
-    order: Tensor
-    factor: Tensor
-    damping: float
-
-    @staticmethod
-    def of(gram: Tensor, damping: float) -> "Hessian":
-        """Factorise a finite gram; the damping is raised until that succeeds.
-
-        A dead channel has nothing but the damping: its column is rounded to nearest and moves no other. The same holds
-        for all of them if no input is ever other than zero.
+        That one is a copy, or, where statistics are on disk, the inputs that its linears had.
         """
-        order = gram.diagonal().argsort(descending=True, stable=True)
-        unit = float(gram.diagonal().mean()) or 1.0
-        # With the columns reversed, L L^T = reverse(H) gives H = R R^T, R upper: U = R^-1, in one factorisation.
-        backwards = order.flip(0)
-        while True:
-            damped = gram[backwards[:, None], backwards]
-            damped.diagonal().add_(damping * unit)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            del damped  # of matrices this large, no more are kept than are needed
-            if not failed:
-                break
-            damping = max(damping, 1e-6) * _DAMPING_STEP
-        upper = lower.flip(0, 1)
-        del lower
-        factor = torch.linalg.solve_triangular(upper, torch.eye(len(gram), dtype=torch.float64), upper=True)
-        return Hessian(gram, order, factor, damping)
-
-    def importance(self) -> Tensor:
-        """Return what an error of 1 in a column costs when the later ones make up for it, float64 [K]: 1 / U_ii^2.
-
-        The carried rounding's whole (damped) loss is the sum of these times the squared errors, so they and not the
-        diagonal of G are what its groups' ranges are best searched under.
-        """
-        importance = torch.empty_like(self.factor[0])
-        importance[self.order] = self.factor.diagonal() ** -2
-        return importance
-
-    def loss(self, difference: Tensor) -> Tensor:
-        """Return E[|d x|^2] of every row d of a float64 difference [N, K], undamped: [N]."""
-        return ((difference @ self.gram) * difference).sum(1)
-
-    def solve(self, rows: Tensor) -> Tensor:
-        """Return rows (G + damping)^-1, float64 [N, K]."""
-        solved = torch.empty_like(rows)
-        solved[:, self.order] = rows[:, self.order] @ self.factor.T @ self.factor
-        return solved
+        directory = inputs.statistics_to
+        if not self.needs_original:
+            return lambda name: observe(layer, None, inputs, name, directory)
+        if directory is not None:
+            recorded = record(layer, inputs.original(), [members[0] for members in sets], directory)
+            return lambda name: observe(layer, recorded.pop(name), inputs, name, directory)
+        original = copy.deepcopy(layer)
+        return lambda name: observe(layer, inputs_of(original, inputs.original(), name), inputs, name)
 
 
-def propagate(weight: Tensor, hessian: Hessian, cross: Tensor, share: float) -> Tensor:
+def _at_once(layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]]) -> Seen:
+    """Return a function of what the linears see before any is rounded; the narrow ones' moments are held until then."""
+    firsts = [members[0] for members in sets]
+    wide = [name for name in firsts if layer.get_parameter(f"{name}.weight").shape[1] > tiles.TILE]
+    recorded = record(layer, inputs, wide, inputs.statistics_to) if wide else {}
+    seen = moments(layer, inputs, [name for name in firsts if name not in wide])
+
+    def statistics(name: str) -> Statistics:
+        if name in recorded:
+            return observed(name, recorded.pop(name), None, inputs.statistics_to)
+        return Statistics.of(seen[name].gram.double())
+
+    return statistics
+
+
+def propagate(weight: Tensor, hessian: Hessian, share: float) -> Tensor:
     """Return W*, float32 [N, K]: what the inputs lost on their way here, as far as it can be told from what is left."""
-    pull = weight.double() @ (cross - hessian.gram)
-    return (weight.double() + share * hessian.solve(pull)).float()
+    lost = hessian.seen.lost
+    assert lost is not None, "the unquantized model's inputs are known"
+    pull = times(weight[:, hessian.order].double(), lost)
+    moved = torch.empty_like(weight, dtype=torch.float64)
+    moved[:, hessian.order] = times_squared_(pull, hessian.factor)
+    return moved.mul_(share).add_(weight).float()
+
+
+def round_in_place(
+    weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings, share: float = 0.0
+) -> tuple[Parameters, float]:
+    """Overwrite a float32 weight [N, K] with its rounding and return parameters and the share of the ranges kept.
+
+    Rows are independent of each other: some are propagated to (with a share above 0) and rounded at a time.
+    """
+    found, kept = [], 0.0
+    for w_NK in weight.split(chunk_rows(weight.shape[1])):
+        start_NK = propagate(w_NK, hessian, share) if share else w_NK.clone()
+        parameters, rounded = round_weight(start_NK, hessian, grid, search)
+        kept += len(w_NK) * kept_range(start_NK, parameters, grid)
+        found.append(parameters)
+        w_NK.copy_(rounded)
+    scale, zero = (torch.cat(parts) for parts in zip(*((f.scale, f.zero) for f in found), strict=True))
+    return Parameters(scale, zero), round(kept / len(weight), 4)
 
 
 def round_weight(weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings) -> tuple[Parameters, Tensor]:
@@ -225,36 +207,49 @@ def round_weight(weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettin
     A row that carrying makes worse than rounding to nearest under the same parameters is so rounded.
     """
     parameters = search_clip_by_column(weight, hessian.importance().float(), grid, search)
-    nearest = fake_quantize(weight, parameters, grid).double()
-    carried = round_columns(weight.double(), hessian, parameters, grid)
-    worse = hessian.loss(carried - weight) >= hessian.loss(nearest - weight)
-    return parameters, torch.where(worse[:, None], nearest, carried).float()
+    carried = round_columns(weight, hessian, parameters, grid)
+    nearest = fake_quantize(weight, parameters, grid)
+    worse = hessian.loss(carried, weight) >= hessian.loss(nearest, weight)
+    return parameters, torch.where(worse[:, None], nearest, carried)
 
 
 def round_columns(weight: Tensor, hessian: Hessian, parameters: Parameters, grid: Grid) -> Tensor:
-    """Return the values that GPTQ chooses for a weight, float64 [N, K]; each is representable in float32.
+    """Return the values that GPTQ chooses for a float32 weight [N, K], in float32, which they are exact in.
 
-    Within a block of columns errors are carried at once, into the columns after it by one product a block.
+    Within a block of columns errors are carried at once, into the columns after it by one product a block, and into
+    those behind other tiles of the factor by one product a tile.
     """
-    w_KN = weight.T[hessian.order].contiguous()
+    w_KN, factor = weight.T[hessian.order].double(), hessian.factor
     group = hessian.order // grid.group(weight.shape[1])
-    scale_KN = parameters.scale.double().T[group].contiguous()
-    zero_KN = parameters.zero.double().T[group].contiguous()
-    for start in range(0, len(w_KN), _BLOCK_COLUMNS):
-        end = min(start + _BLOCK_COLUMNS, len(w_KN))
-        factor = hessian.factor[start:end]
-        errors = torch.empty_like(w_KN[start:end])
-        for i, w_N in enumerate(w_KN[start:end]):
-            scale_N, zero_N = scale_KN[start + i], zero_KN[start + i]
-            codes_N = (w_N / scale_N + zero_N).round_().clamp_(0, grid.code_max)
-            value_N = (codes_N - zero_N) * scale_N
-            torch.div(w_N - value_N, factor[i, start + i], out=errors[i])
-            w_KN[start + i : end].addr_(factor[i, start + i : end], errors[i], alpha=-1)
-            w_N.copy_(value_N)
-        w_KN[end:].addmm_(factor[:, end:].T, errors, alpha=-1)
-    values = torch.empty_like(w_KN)
-    values[hessian.order] = w_KN
-    return values.T.contiguous()
+    scale_CN, zero_CN = parameters.scale.T.contiguous(), parameters.zero.T.contiguous()
+    for tile in range(factor.count):
+        columns, corner = factor.span(tile), factor.read(tile, tile)
+        rest_KN, last = w_KN[columns], tile + 1 == factor.count
+        errors_KN = torch.empty_like(rest_KN[:_BLOCK_COLUMNS] if last else rest_KN)
+        for start in range(0, len(rest_KN), _BLOCK_COLUMNS):
+            block = slice(start, start + _BLOCK_COLUMNS)
+            groups = group[columns][block]
+            errors_BN = errors_KN[: len(groups)] if last else errors_KN[block]
+            _round_block(rest_KN[block], errors_BN, corner[block, block], scale_CN[groups], zero_CN[groups], grid)
+            rest_KN[block.stop :].addmm_(corner[block, block.stop :].T, errors_BN, alpha=-1)
+        for later in range(tile + 1, factor.count):
+            w_KN[factor.span(later)].addmm_(factor.read(tile, later).T, errors_KN, alpha=-1)
+    values = torch.empty_like(weight)
+    values.T[hessian.order] = w_KN.to(weight.dtype)
+    return values
+
+
+def _round_block(
+    w_BN: Tensor, errors_BN: Tensor, factor: Tensor, scale_BN: Tensor, zero_BN: Tensor, grid: Grid
+) -> None:
+    """Round a block of columns in place and write each one's error over its diagonal element into `errors_BN`."""
+    scale_BN, zero_BN = scale_BN.double(), zero_BN.double()
+    for i, w_N in enumerate(w_BN):
+        codes_N = (w_N / scale_BN[i] + zero_BN[i]).round_().clamp_(0, grid.code_max)
+        value_N = (codes_N - zero_BN[i]) * scale_BN[i]
+        torch.div(w_N - value_N, factor[i, i], out=errors_BN[i])
+        w_BN[i:].addr_(factor[i, i:], errors_BN[i], alpha=-1)
+        w_N.copy_(value_N)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -108,8 +108,10 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
             say(f"{output}: already complete")
         else:
             spill_to = output if needed.spilled else None
+            statistics_to = output if needed.statistics_spilled else None
             left = sum(writer.done(index + 1) is None for index in range(len(layers)))
-            Walk(plan.model, plan.source, writer, method, plan.grids, plan.head_dim, spill_to).run(windows)
+            places = spill_to, statistics_to
+            Walk(plan.model, plan.source, writer, method, plan.grids, plan.head_dim, *places).run(windows)
             sizes = plan.source.nbytes, plan.expected_bytes, smallest_memory(plan)
             card = model_card(plan.name, output.name, recipe, *sizes)
             files |= {**files_around(plan.directory), "README.md": card}

@@ -17,7 +17,7 @@ from offload.experts import Experts
 from offload.memory import own_memory_bytes, peak_memory_bytes, trim_memory
 from offload.planning.needs import CODE_BYTES, Needs, activation_bytes, cache_bytes
 from offload.skeleton import decoder_layers
-from quant.cost import FLOAT_BYTES, Windows
+from quant.cost import FLOAT_BYTES, Cost, OnDisk, Windows
 from quant.layer import linears
 from quant.plan import Plan
 from quant.sensitivity import average_bits, measuring_cost
@@ -44,7 +44,9 @@ class Footprint:
     activations: of the samples that run at once. states: hidden states of all samples. output: the checkpoint.
     spilled: whether the states are on disk. seconds: about. reached: the most that the process has had already, as
     importing libraries that were just installed maps more of their code than running them needs. sensitivity: what is
-    held while it is measured, before anything is quantized.
+    held while it is measured, before anything is quantized. original: a copy of the unquantized layer. kept: outputs of
+    held-out samples, among the activations. on_disk: what the method needs with its statistics on disk, the inputs of
+    the unquantized linears in the place of that copy; statistics_spilled: whether they are there.
     """
 
     runtime_bytes: int
@@ -58,11 +60,16 @@ class Footprint:
     spilled: bool = False
     reached_bytes: int = 0
     sensitivity_bytes: int = 0
+    original_bytes: int = 0
+    kept_bytes: int = 0
+    on_disk: OnDisk | None = None
+    statistics_spilled: bool = False
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that the process will have."""
-        at_work = max(self.around_bytes, self.layer_bytes + self.method_bytes + self.activation_bytes)
+        at_layer = self.layer_bytes + self._original_bytes + self._method_bytes + self.activation_bytes
+        at_work = max(self.around_bytes, at_layer)
         at_work = max(at_work + (0 if self.spilled else self.states_bytes), self.sensitivity_bytes)
         planned = self.runtime_bytes + _RESERVE_BYTES + at_work
         return max(planned, self.reached_bytes)
@@ -70,19 +77,51 @@ class Footprint:
     @property
     def disk_bytes(self) -> int:
         """Bytes that the output's disk has to have."""
-        return self.output_bytes + (self.states_bytes if self.spilled else 0)
+        return self.output_bytes + (self.states_bytes if self.spilled else 0) + self.statistics_file_bytes
+
+    @property
+    def statistics_file_bytes(self) -> int:
+        """Bytes of statistics on disk."""
+        return self.on_disk.disk_bytes if self.on_disk is not None and self.statistics_spilled else 0
+
+    @property
+    def _original_bytes(self) -> int:
+        return 0 if self.statistics_spilled else self.original_bytes
+
+    @property
+    def _method_bytes(self) -> int:
+        """What the method needs while a batch runs, and what it needs while none does beyond that batch."""
+        if self.on_disk is None or not self.statistics_spilled:
+            return self.method_bytes
+        working = self.kept_bytes + self.on_disk.working_bytes - self.activation_bytes
+        return max(self.on_disk.observing_bytes, working)
+
+    def smallest(self) -> "Footprint":
+        """Return the same with on disk what can be there."""
+        if self.on_disk is None:
+            return replace(self, spilled=True)
+        seconds = self.seconds + self.on_disk.traffic_bytes / _DISK_BYTES_PER_SECOND
+        return replace(self, spilled=True, statistics_spilled=True, seconds=seconds)
+
+    @property
+    def smallest_mib(self) -> int:
+        """The smallest budget that is kept, rounded up, as it is to be tried."""
+        return -(-self.smallest().peak_bytes // (1 << 20))
 
     def within(self, budget_bytes: int | None) -> "Footprint":
-        """Return the same, the states spilled if that is what it takes. Raises ResourceError if that is not enough."""
-        if budget_bytes is None or self.peak_bytes <= budget_bytes:
+        """Return the same, states and then statistics spilled if that is what it takes.
+
+        Raises ResourceError if that is not enough.
+        """
+        spilled = self.smallest()
+        if budget_bytes is None:
             return self
-        spilled = replace(self, spilled=True)
-        if spilled.peak_bytes <= budget_bytes:
-            return spilled
-        smallest_mib = -(-spilled.peak_bytes // (1 << 20))  # rounded up: it is to be tried
+        for choice in (self, replace(self, spilled=True), spilled):
+            if choice.peak_bytes <= budget_bytes:
+                return choice
         parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in spilled.parts() if size)
         raise ResourceError(
-            f"--cpu-memory {format_bytes(budget_bytes)}: too small for this run; at least {smallest_mib} MiB is "
+            f"--cpu-memory {format_bytes(budget_bytes)}: too small for this run; at least {self.smallest_mib} MiB is "
             f"needed: {parts}"
         )
 
@@ -92,7 +131,8 @@ class Footprint:
             ("Python, torch, transformers and a reserve", self.runtime_bytes + _RESERVE_BYTES),
             ("embeddings or head, before or after the layers", self.around_bytes),
             ("the largest layer, in float32 and packed", self.layer_bytes),
-            ("statistics and searches", self.method_bytes),
+            ("the same layer before it is quantized", self._original_bytes),
+            ("statistics and searches", self._method_bytes),
             ("activations", self.activation_bytes),
             ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
             ("measuring sensitivity, before that", self.sensitivity_bytes),
@@ -108,7 +148,6 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
     shapes = [[(x.out_features, x.in_features) for x in linears(layer).values()] for layer in layers]
     costs = [method.cost(layer_shapes, plan.grid, windows) for layer_shapes in shapes]
     values = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    copies = 2 if method.needs_original else 1
     operations, sensitivity = sum(cost.operations for cost in costs), 0
     activations = 0 if windows is None else max(_activation_bytes(plan, layer, windows) for layer in layers)
     if windows is not None and widens:
@@ -121,7 +160,7 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
     return Footprint(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
         around_bytes=_around_bytes(plan, windows),
-        layer_bytes=values * FLOAT_BYTES * copies + max(plan.layers_bytes),
+        layer_bytes=values * FLOAT_BYTES + max(plan.layers_bytes),
         method_bytes=max(cost.memory_bytes for cost in costs),
         activation_bytes=activations,
         states_bytes=0 if windows is None else _states_bytes(plan, windows) * (3 if method.needs_original else 1),
@@ -129,7 +168,44 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
         seconds=seconds + _READS_OF_SOURCE * plan.source.nbytes / _DISK_BYTES_PER_SECOND,
         reached_bytes=peak_memory_bytes(),
         sensitivity_bytes=sensitivity,
+        original_bytes=values * FLOAT_BYTES if method.needs_original else 0,
+        kept_bytes=0 if windows is None else _held_out_samples(windows) * _sample_bytes(plan, windows),
+        on_disk=_on_disk(plan, costs, windows if method.needs_original else None),
     )
+
+
+def _on_disk(plan: Plan, costs: list[Cost], windows: Windows | None) -> OnDisk | None:
+    """Return the most that any layer takes with its statistics on disk, None if the method cannot put them there.
+
+    windows: of methods that have the inputs of the unquantized linears there as well.
+    """
+    parts = [cost.on_disk for cost in costs if cost.on_disk is not None]
+    if not parts:
+        return None
+    recorded = (
+        [0] if windows is None else [_input_bytes(plan, layer, windows) for layer in decoder_layers(plan.model)[1]]
+    )
+    return OnDisk(
+        observing_bytes=max(part.observing_bytes for part in parts),
+        working_bytes=max(part.working_bytes for part in parts),
+        disk_bytes=max(part.disk_bytes for part in parts) + max(recorded),
+        traffic_bytes=sum(part.traffic_bytes for part in parts) + 2 * sum(recorded),
+    )
+
+
+def _input_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
+    """Return the bytes of the inputs of all linears of a layer, for all windows."""
+    shared = linears(layer).items()
+    per_token = sum(_share_of_tokens(plan, layer, name) * module.in_features for name, module in shared)
+    return int(FLOAT_BYTES * windows.samples * windows.tokens * per_token)
+
+
+def _held_out_samples(windows: Windows) -> int:
+    return -(-windows.samples // 8)
+
+
+def _sample_bytes(plan: Plan, windows: Windows) -> int:
+    return FLOAT_BYTES * windows.tokens * plan.hidden_size
 
 
 def _states_bytes(plan: Plan, windows: Windows) -> int:
@@ -137,7 +213,7 @@ def _states_bytes(plan: Plan, windows: Windows) -> int:
 
 
 def _around_bytes(plan: Plan, windows: Windows | None) -> int:
-    """Return what lies outside the layers, as it is written; in float32 and as it is read, where the layers are fed."""
+    """Return what lies outside the layers, as it is written; in float32 where the layers are fed."""
     prefix, _ = decoder_layers(plan.model)
     outer = {name: place.spec for name, place in plan.source.locations.items() if not name.startswith(f"{prefix}.")}
     written = sum(spec.nbytes for spec in outer.values())
@@ -146,7 +222,7 @@ def _around_bytes(plan: Plan, windows: Windows | None) -> int:
     parent = prefix.rpartition(".")[0]
     fed = [spec for name, spec in outer.items() if name.startswith(f"{parent}.")]
     as_floats = sum(FLOAT_BYTES * spec.nbytes // spec.dtype.itemsize for spec in fed)
-    return max(written, as_floats + max((spec.nbytes for spec in fed), default=0))
+    return max(written, as_floats)
 
 
 def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
@@ -160,7 +236,7 @@ def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
             per_token += _share_of_tokens(plan, layer, name) * (module.in_features + 2 * module.out_features)
     scores = 3 * plan.heads * windows.tokens if plan.eager else 0
     batch = most_batch_samples(windows.tokens) * windows.tokens * (per_token + scores)
-    kept_samples = -(-windows.samples // 8) + 3 * min(8, windows.samples)
+    kept_samples = _held_out_samples(windows) + 3 * min(8, windows.samples)
     return int(FLOAT_BYTES * (batch + kept_samples * windows.tokens * plan.hidden_size))
 
 
@@ -200,8 +276,12 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
         where = f"on the disk of {output}" if needed.spilled else "in memory"
         states = f"their hidden states take {format_bytes(needed.states_bytes)}, {where}"
         lines.append(f"data     {windows.samples} windows of {windows.tokens} tokens; {states}")
+    if needed.statistics_spilled:
+        lines.append(f"         statistics of a layer take {format_bytes(needed.statistics_file_bytes)} there as well")
     lines.append(f"memory   at most {format_bytes(needed.peak_bytes)} for the whole process")
     lines += [f"  {format_bytes(part):>12}  {what}" for what, part in needed.parts() if part]
+    if needed.smallest().peak_bytes < needed.peak_bytes:
+        lines.append(f"         {needed.smallest_mib} MiB would do, with --cpu-memory: the rest goes to disk")
     lines.append(f"time     about {format_seconds(needed.seconds)}, if nothing else runs here")
     lines.append(f"output   {output}, about {format_bytes(plan.expected_bytes)}; {_where_it_loads(plan)}")
     return "\n".join(lines)

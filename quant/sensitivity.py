@@ -20,8 +20,9 @@ from offload.skeleton import decoder_layers
 from offload.source_weights import SourceWeights
 from quant.awq import AwqSettings
 from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
-from quant.gptq import Gptq, GptqSettings, Hessian, round_weight
+from quant.gptq import Gptq, GptqSettings, round_weight
 from quant.groupwise import Grid
+from quant.hessian import Hessian, Statistics
 from quant.layer import LayerInputs, linears, moments, unreached
 from quant.scale_groups import sets_by_input
 from quant.walk import load_layer, release
@@ -55,9 +56,14 @@ def measuring_cost(shapes: list[Shape], grid: Grid, windows: Windows, hidden_siz
     """
     few = Windows(min(_WINDOWS, windows.samples), windows.tokens)
     rounding = Gptq(GptqSettings(sequential=False, propagation=0.0)).cost(shapes, grid, few)
+    search = AwqSettings()
+    candidates = search.clip_points * (2 if grid.symmetric else 1)
+    statistics = FLOAT_BYTES * sum(k * k for _, k in shapes) + max(
+        8 * max(6 * k * k, 3 * k * k + 9 * n * k) + 4 * FLOAT_BYTES * candidates * n * grid.group(k) for n, k in shapes
+    )
     states = 7 * FLOAT_BYTES * few.samples * few.tokens * hidden_size
     rounded = FLOAT_BYTES * sum(n * k for n, k in shapes)
-    return Cost(rounding.memory_bytes + rounded + states, rounding.operations)
+    return Cost(statistics + rounded + states, rounding.operations)
 
 
 def widen(
@@ -112,10 +118,10 @@ def candidates(
         for members in sets_by_input(layer, inputs.at_layer, list(within)):
             shapes = [(within[key], layer.get_parameter(f"{key}.weight").shape) for key in members]
             extra = sum(replace(grid, bits=8).stored_bytes(*k) - grid.stored_bytes(*k) for grid, k in shapes)
-            gram = seen[members[0]].gram.double()
-            if not torch.isfinite(gram).all():
+            known = Statistics.of(seen[members[0]].gram.double())
+            if not known.finite():
                 raise ArithmeticError(f"{name}.{members[0]}: its inputs are not finite")
-            hessian = Hessian.of(gram, _DAMPING)
+            hessian = Hessian.of(known, _DAMPING)
             error = rounding_error(layer, inputs.at_layer, {k: within[k] for k in members}, hessian, output_STD)
             yield Candidate(tuple(f"{name}.{key}" for key in members), error, extra)
         if index + 1 < len(layers):

@@ -6,7 +6,7 @@ and run in the same way, which is why a resumed checkpoint equals an uninterrupt
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ class Walk:
     """A model to be quantized: its skeleton on the meta device, its weights on disk, and where the result goes.
 
     grids: of the linears to be quantized, by full name; others are left as they are. spill_to: a directory for hidden
-    states that memory has no room for.
+    states that memory has no room for. statistics_to: the same for what the method knows of them.
     """
 
     model: PreTrainedModel
@@ -68,6 +68,7 @@ class Walk:
     grids: Mapping[str, Grid]
     head_dim: int
     spill_to: Path | None = None
+    statistics_to: Path | None = None
 
     def run(self, windows: Tensor | None) -> None:
         """Write every shard that is not there yet. windows: int64 [S, T] for methods that need inputs."""
@@ -151,7 +152,8 @@ class Walk:
         load_layer(layer, name, self.source)
         blind = unreached(layer, fit, grids)
         seen = {key: grid for key, grid in grids.items() if key not in blind}
-        found, chosen = self.method.quantize_layer(layer, fit, seen, self.head_dim)
+        known_to = replace(fit, statistics_to=self.statistics_to)
+        found, chosen = self.method.quantize_layer(layer, known_to, seen, self.head_dim)
         found |= {key: minmax(layer.get_parameter(f"{key}.weight").data, grids[key]) for key in blind}
         packed = pack_layer(layer, found, grids, dtypes)
         error = relative_error(held_out, layer, reference)

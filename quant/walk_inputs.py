@@ -70,8 +70,7 @@ def first_inputs(
         if name.startswith(base_name) and not name.startswith(f"{prefix}.")
     }
     for name in around:
-        tensor = source.read(name)
-        assign(model, name, tensor.float() if tensor.is_floating_point() else tensor)
+        assign(model, name, source.read_as_float(name))
     recorders = [_Recorder(layer) for layer in layers]
     parent._modules[list_name] = nn.ModuleList(recorders)
     try:

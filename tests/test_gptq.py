@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from offload.checkpoint import Checkpoint
 from quant import gptq
 from quant.awq import AwqSettings, search_clip, search_clip_by_column
-from quant.gptq import Gptq, GptqSettings, Hessian, observe, propagate, round_columns, round_weight
+from quant.gptq import Gptq, GptqSettings, propagate, round_columns, round_weight
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
+from quant.hessian import Hessian, Statistics, observe
 from quant.layer import LayerInputs, Moments, inputs_of, linears, moments
 from quant.scale_groups import sets_by_input
+from quant.tiles import cut
 from tests.test_awq import Layer, explicit_loss
 from tests.test_walk import awq_flags, contents, stop_before
 
@@ -32,6 +35,17 @@ def correlated_inputs(width: int, tokens: int = 300) -> Tensor:
 
 def gram_of(x_TK: Tensor) -> Tensor:
     return x_TK.T @ x_TK / len(x_TK)
+
+
+def hessian_of(gram: Tensor, damping: float, cross: Tensor | None = None) -> Hessian:
+    return Hessian.of(Statistics.of(gram, cross), damping)
+
+
+def in_place_of(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return a matrix whose rows and columns are in `order` with them in their own places."""
+    placed = torch.empty_like(matrix)
+    placed[order[:, None], order] = matrix
+    return placed
 
 
 def reference_values(weight: Tensor, gram: Tensor, parameters: Parameters, group_size: int, damping: float) -> Tensor:
@@ -56,16 +70,16 @@ def reference_values(weight: Tensor, gram: Tensor, parameters: Parameters, group
 def test_rounding_equals_the_reference(rows: int, width: int, group_size: int | None, symmetric: bool) -> None:
     grid, weight, gram = Grid(group_size, symmetric), torch.randn(rows, width), gram_of(correlated_inputs(width))
     parameters = minmax(weight, grid)
-    found = round_columns(weight.double(), Hessian.of(gram, 0.01), parameters, grid)
+    found = round_columns(weight, hessian_of(gram, 0.01), parameters, grid)
     expected = reference_values(weight, gram, parameters, grid.group(width), 0.01)
-    assert torch.equal(found, expected)
-    assert not torch.equal(found.float(), fake_quantize(weight, parameters, grid))
+    assert torch.equal(found.double(), expected)
+    assert not torch.equal(found, fake_quantize(weight, parameters, grid))
 
 
 def test_a_column_costs_what_the_later_ones_cannot_make_up_for() -> None:
     """One error of 1 in a column, the later ones at their least-squares best: the quadratic form of what is left."""
     gram = gram_of(correlated_inputs(40))
-    hessian = Hessian.of(gram, 0.01)
+    hessian = hessian_of(gram, 0.01)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(40, dtype=torch.float64)
     expected = torch.empty(40, dtype=torch.float64)
     order = gram.diagonal().argsort(descending=True, stable=True).tolist()
@@ -96,7 +110,7 @@ def test_ranges_are_the_best_under_the_importance_of_columns(symmetric: bool) ->
 def test_rounding_to_nearest_recovers_the_codes(symmetric: bool) -> None:
     """The walk packs by rounding to nearest, and must find what was chosen here, in any order of columns."""
     grid, weight, gram = Grid(32, symmetric), torch.randn(24, 128), gram_of(correlated_inputs(128))
-    parameters, rounded = round_weight(weight, Hessian.of(gram, 0.01), grid, SEARCH)
+    parameters, rounded = round_weight(weight, hessian_of(gram, 0.01), grid, SEARCH)
     code = codes(rounded, parameters, grid)
     assert torch.equal(values(code, parameters), rounded)
     assert not torch.equal(code, codes(weight, parameters, grid))
@@ -111,8 +125,8 @@ def test_rounding_to_nearest_recovers_the_codes(symmetric: bool) -> None:
 def test_no_row_is_worse_than_nearest_rounding(group_size: int | None, symmetric: bool) -> None:
     grid, weight, x_TK = Grid(group_size, symmetric), torch.randn(40, 128), correlated_inputs(128)
     gram = gram_of(x_TK)
-    parameters, rounded = round_weight(weight, Hessian.of(gram, 0.01), grid, SEARCH)
-    clipped = search_clip_by_column(weight, Hessian.of(gram, 0.01).importance().float(), grid, SEARCH)
+    parameters, rounded = round_weight(weight, hessian_of(gram, 0.01), grid, SEARCH)
+    clipped = search_clip_by_column(weight, hessian_of(gram, 0.01).importance().float(), grid, SEARCH)
     nearest = fake_quantize(weight, clipped, grid)
     assert torch.equal(parameters.scale, clipped.scale)
     for row in range(len(weight)):
@@ -123,15 +137,15 @@ def test_no_row_is_worse_than_nearest_rounding(group_size: int | None, symmetric
 
 def test_rows_that_carrying_makes_worse_are_rounded_to_nearest() -> None:
     grid, weight, gram = Grid(32, True), torch.randn(64, 64), gram_of(correlated_inputs(64))
-    hessian = Hessian.of(gram, 0.01)
-    wrong = Hessian(gram, hessian.order, hessian.factor.abs(), hessian.damping)
+    hessian = hessian_of(gram, 0.01)
+    wrong = replace(hessian, factor=cut(hessian.factor.whole().abs(), upper=True))
     parameters, rounded = round_weight(weight, wrong, grid, SEARCH)
     nearest = fake_quantize(weight, parameters, grid)
-    carried = round_columns(weight.double(), wrong, parameters, grid)
-    worse = hessian.loss(carried - weight) > hessian.loss(nearest.double() - weight)
+    carried = round_columns(weight, wrong, parameters, grid)
+    worse = hessian.loss(carried, weight) > hessian.loss(nearest, weight)
     assert worse.any()
     assert torch.equal(rounded[worse], nearest[worse])
-    assert torch.equal(rounded[~worse], carried[~worse].float())
+    assert torch.equal(rounded[~worse], carried[~worse])
 
 
 def test_dead_channels_are_rounded_to_nearest_and_move_nothing() -> None:
@@ -140,29 +154,30 @@ def test_dead_channels_are_rounded_to_nearest_and_move_nothing() -> None:
     dead[[0, 31, 40, 95]] = True
     x_TK[:, dead] = 0
     parameters = minmax(weight, grid)
-    hessian = Hessian.of(gram_of(x_TK), 0.01)
-    rounded = round_columns(weight.double(), hessian, parameters, grid)
-    nearest = fake_quantize(weight, parameters, grid).double()
+    hessian = hessian_of(gram_of(x_TK), 0.01)
+    rounded = round_columns(weight, hessian, parameters, grid)
+    nearest = fake_quantize(weight, parameters, grid)
     assert torch.equal(rounded[:, dead], nearest[:, dead])
-    other = weight.double().clone()
+    other = weight.clone()
     other[:, dead] *= -0.5
     assert torch.equal(round_columns(other, hessian, parameters, grid)[:, ~dead], rounded[:, ~dead])
-    silent = round_columns(weight.double(), Hessian.of(torch.zeros(96, 96).double(), 0.01), parameters, grid)
+    silent = round_columns(weight, hessian_of(torch.zeros(96, 96).double(), 0.01), parameters, grid)
     assert torch.equal(silent, nearest)
 
 
 def test_damping_is_raised_until_the_gram_can_be_factorised() -> None:
     x_TK = correlated_inputs(64, tokens=3)
     singular = gram_of(x_TK)
-    found = Hessian.of(singular, 0.0)
+    found = hessian_of(singular, 0.0)
     assert 1e-6 < found.damping < 1e-3
-    assert torch.isfinite(found.factor).all()
+    assert torch.isfinite(found.factor.whole()).all()
     indefinite = singular - 0.2 * singular.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    raised = Hessian.of(indefinite, 0.01)
+    raised = hessian_of(indefinite, 0.01)
     assert raised.damping == pytest.approx(1.0)
     ordered = indefinite[raised.order][:, raised.order]
     damped = ordered + raised.damping * indefinite.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    product = raised.factor.T @ raised.factor @ damped
+    factor = raised.factor.whole()
+    product = factor.T @ factor @ damped
     torch.testing.assert_close(product, torch.eye(64).double(), rtol=0, atol=1e-9)
 
 
@@ -171,13 +186,14 @@ def test_propagation_is_the_regression_of_what_the_inputs_lost() -> None:
     x0_TK = correlated_inputs(24)
     x_TK = x0_TK + 0.3 * torch.randn(300, 24).double() @ torch.randn(24, 24).double()
     weight = torch.randn(9, 24)
-    hessian = Hessian.of(gram_of(x_TK), 1e-12)
-    found = propagate(weight, hessian, x0_TK.T @ x_TK / 300, 1.0)
+    gram = gram_of(x_TK)
+    hessian = hessian_of(gram, 1e-12, x0_TK.T @ x_TK / 300)
+    found = propagate(weight, hessian, 1.0)
     expected = torch.linalg.lstsq(x_TK, x0_TK @ weight.double().T).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    half = propagate(weight, hessian, x0_TK.T @ x_TK / 300, 0.5)
+    half = propagate(weight, hessian, 0.5)
     torch.testing.assert_close(half, (found + weight) / 2, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(propagate(weight, hessian, hessian.gram, 1.0), weight)
+    torch.testing.assert_close(propagate(weight, hessian_of(gram, 1e-12, gram), 1.0), weight)
 
 
 @pytest.fixture
@@ -200,13 +216,15 @@ def test_linears_come_in_sets_in_order_of_execution(layer: Layer) -> None:
 def test_observed_moments_are_those_of_both_models(layer: Layer) -> None:
     inputs, original = layer_inputs(), copy.deepcopy(layer)
     layer.mlp.gate.weight.data *= 1.1
-    gram, cross = observe(layer, original, inputs, "mlp.down")
-    torch.testing.assert_close(gram.float(), moments(layer, inputs, ["mlp.down"])["mlp.down"].gram)
+    seen = observe(layer, inputs_of(original, inputs.original(), "mlp.down"), inputs, "mlp.down")
+    expected = moments(layer, inputs, ["mlp.down"])["mlp.down"].gram
+    torch.testing.assert_close(in_place_of(seen.gram.whole(), seen.order).float(), expected)
     x_TK = torch.cat(list(inputs_of(layer, inputs, "mlp.down"))).double()
     x0_TK = torch.cat(list(inputs_of(original, inputs.original(), "mlp.down"))).double()
-    assert cross is not None
-    torch.testing.assert_close(cross, x0_TK.T @ x_TK / len(x_TK), rtol=1e-4, atol=1e-5)
-    assert observe(layer, None, inputs, "mlp.down")[1] is None
+    assert seen.lost is not None
+    lost = in_place_of(seen.lost.whole(), seen.order)
+    torch.testing.assert_close(lost, (x0_TK - x_TK).T @ x_TK / len(x_TK), rtol=1e-4, atol=1e-5)
+    assert observe(layer, None, inputs, "mlp.down").lost is None
 
 
 def test_inputs_of_run_no_further_than_the_linear(layer: Layer) -> None:
@@ -250,8 +268,8 @@ def test_each_set_is_rounded_on_what_the_earlier_sets_give_or_the_original(
         weight = layer.get_parameter(f"{name}.weight").data
         assert torch.equal(fake_quantize(weight, found[name], grid), weight)
     if not settings.scale and not settings.propagation:
-        gram, _ = observe(layer if settings.sequential else before, None, inputs, "mlp.down")
-        _, expected = round_weight(before.mlp.down.weight, Hessian.of(gram, settings.damping), grid, SEARCH)
+        seen = observe(layer if settings.sequential else before, None, inputs, "mlp.down")
+        _, expected = round_weight(before.mlp.down.weight, Hessian.of(seen, settings.damping), grid, SEARCH)
         assert torch.equal(layer.mlp.down.weight, expected)
     reference = inputs.original().run(before)
     nearest = copy.deepcopy(before)

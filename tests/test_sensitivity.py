@@ -17,8 +17,9 @@ from offload.source_weights import SourceWeights
 from offload.text import load_text, sample_windows, tokenize
 from quant import awq, gptq
 from quant.awq import AwqSettings
-from quant.gptq import Hessian, round_weight
+from quant.gptq import round_weight
 from quant.groupwise import Grid
+from quant.hessian import Hessian, Statistics
 from quant.sensitivity import Candidate, candidates, choose
 from tests.test_walk import awq_flags, contents, stop_before
 
@@ -61,7 +62,8 @@ def test_the_error_is_that_of_the_residual_stream(tiny_model: Path, calibration_
     x_TK = seen[0].flatten(0, 1).double()
     for name in ("gate_proj", "up_proj"):
         weight = changed.get_parameter(f"model.layers.1.mlp.{name}.weight")
-        _, weight.data = round_weight(weight.data, Hessian.of(x_TK.T @ x_TK / len(x_TK), 0.1), grid, AwqSettings())
+        hessian = Hessian.of(Statistics.of(x_TK.T @ x_TK / len(x_TK)), 0.1)
+        _, weight.data = round_weight(weight.data, hessian, grid, AwqSettings())
     output = changed(windows, output_hidden_states=True).hidden_states[2].double()
     error = float((F.mse_loss(output, expected, reduction="none").sum(-1) / expected.square().sum(-1)).mean())
     assert found[6].error == pytest.approx(error, rel=1e-3)
