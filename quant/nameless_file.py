@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from offload.command import format_bytes
@@ -18,7 +19,7 @@ class NamelessFile:
 
     def __init__(self, directory: Path, purpose: str, nbytes: int = 0) -> None:
         self.descriptor, self.nbytes = -1, 0
-        self._directory, self._purpose = directory, purpose
+        self._directory, self.purpose = directory, purpose
         try:
             with tempfile.TemporaryFile(dir=directory) as file:
                 self.descriptor = os.dup(file.fileno())
@@ -38,22 +39,27 @@ class NamelessFile:
 
     def read_into(self, offset: int, tensor: Tensor) -> None:
         """Fill a contiguous tensor with the bytes from `offset` on."""
-        view = tensor.numpy().data.cast("B")
+        view = _bytes(tensor)
         while view:
             count = os.preadv(self.descriptor, [view], offset)
             view, offset = view[count:], offset + count
 
     def write(self, offset: int, tensor: Tensor) -> None:
         """Write a tensor's values from `offset` on."""
-        view = tensor.contiguous().numpy().data.cast("B")
+        view = _bytes(tensor.contiguous())
         while view:
             count = os.pwrite(self.descriptor, view, offset)
             view, offset = view[count:], offset + count
 
     def _no_room(self, nbytes: int, error: OSError) -> ResourceError:
-        what = f"{format_bytes(nbytes)} for {self._purpose}"
+        what = f"{format_bytes(nbytes)} for {self.purpose}"
         return ResourceError(f"{self._directory}: {what} cannot be had on that disk ({error.strerror})")
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return a view of a contiguous tensor, which may have no values."""
+    return tensor.flatten().view(torch.uint8).numpy().data
