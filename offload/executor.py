@@ -177,10 +177,8 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     side = executor.device_side
     if side is None:
         return shelved_cache(model, FileStore(executor.kv_queue), executor.kv_bytes, poison=executor.poison)
-    hows = executor.placement.hows
-    on_host = [at for at, how in enumerate(hows) if how == "host"]
-    store = HostStore(side.device, len(hows) - len(on_host))
-    return shelved_cache(model, store, executor.kv_bytes, on_host, executor.poison)
+    on_host = [at for at, how in enumerate(executor.placement.hows) if how == "host"]
+    return shelved_cache(model, HostStore(side.device), executor.kv_bytes, on_host, executor.poison)
 
 
 def _generate_with_new_cache(model: PreTrainedModel) -> None:

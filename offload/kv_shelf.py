@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -49,15 +49,20 @@ class Chunk:
 
 
 class Store(Protocol):
-    """Where chunks are that attention does not have at hand. queue: the way back."""
+    """Where chunks are that attention does not have at hand."""
 
-    queue: Any
+    @property
+    def queue(self) -> TransferQueue:
+        """The way back."""
 
     def allocate(self, nbytes: int) -> Memory:
         """Return memory where attention reads it."""
 
-    def put(self, chunk: Chunk) -> LayerBlob:
-        """Keep what is in a full chunk. Raises ResourceError if there is no room."""
+    def put(self, chunk: Chunk, together: int) -> LayerBlob:
+        """Keep what is in a full chunk. Raises ResourceError if there is no room.
+
+        together: chunks that are filled one after the other, this one among them.
+        """
 
     def drop(self, blob: LayerBlob) -> None:
         """Forget what was kept."""
@@ -129,8 +134,7 @@ class Shelf:
     @property
     def queue(self) -> TransferQueue:
         """The way back."""
-        queue: TransferQueue = self.store.queue
-        return queue
+        return self.store.queue
 
     @property
     def blobs(self) -> list[LayerBlob]:
@@ -157,7 +161,7 @@ class Shelf:
             self._free.extend(range(len(self._slots)))
             for slot in self._slots:  # their memory may have been given back by what is still being computed
                 slot.free = self.store.fence()
-        blob = self.store.put(chunk)
+        blob = self.store.put(chunk, self.layers)
         self._written.append(chunk)
         with self.queue.change:
             self._stored[layer].append(blob)

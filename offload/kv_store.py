@@ -38,7 +38,7 @@ class FileStore:
         """Return memory where attention reads it."""
         return Arena(nbytes)
 
-    def put(self, chunk: Chunk) -> LayerBlob:
+    def put(self, chunk: Chunk, together: int) -> LayerBlob:
         """Write a full chunk. Raises ResourceError if the disk takes no more."""
         nbytes, memory = chunk.memory.nbytes, chunk.memory
         assert isinstance(memory, Arena), "made here"
@@ -65,13 +65,10 @@ class FileStore:
 
 
 class HostStore:
-    """Pinned host memory, for attention on a device; chunks are copied there and back in the stream of the copies.
+    """Pinned host memory, for attention on a device; chunks are copied there and back in the stream of the copies."""
 
-    layers: that are expected to fill chunks one after the other, and so to ask for memory together.
-    """
-
-    def __init__(self, device: Device, layers: int) -> None:
-        self._device, self._layers = device, layers
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._places: list[Memory] = []
         self._spare: list[int] = []
         self._blobs: dict[str, tuple[Kept, int]] = {}
@@ -84,15 +81,16 @@ class HostStore:
         """Return memory where attention reads it. Raises torch.OutOfMemoryError."""
         return self._device.allocate(nbytes)
 
-    def put(self, chunk: Chunk) -> LayerBlob:
+    def put(self, chunk: Chunk, together: int) -> LayerBlob:
         """Queue a copy of a full chunk, as it will be when what was queued before is computed.
 
-        Raises ResourceError if the system gives no pinned memory.
+        together: chunks that memory is pinned for at once, where none is left. Raises ResourceError if the system gives
+        none.
         """
         nbytes = chunk.memory.nbytes
         if not self._spare:
             with torch.inference_mode(False):  # it outlives the mode of the caller
-                self._grow(nbytes)
+                self._grow(nbytes, together)
         place = self._spare.pop()
         self._device.copies_wait(self._device.mark_compute())
         self._device.copy_back(self._places[place].bytes[:nbytes], chunk.memory.bytes)
@@ -112,16 +110,16 @@ class HostStore:
         if fence is not None:
             self._device.compute_waits(fence)
 
-    def _grow(self, nbytes: int) -> None:
-        """Have room for one chunk more of every layer."""
+    def _grow(self, nbytes: int, count: int) -> None:
+        """Have room for so many chunks more."""
         size = whole_pages(nbytes)
-        arena = Arena(self._layers * size)
+        arena = Arena(count * size)
         if self._device.pin(arena):
             self._registered.append(arena)
             memory = arena.bytes
         else:
             memory = self._driver_memory(arena.nbytes)
-        for start in range(0, self._layers * size, size):
+        for start in range(0, arena.nbytes, size):
             place = len(self._places)
             self._places.append(Memory(memory[start : start + size]))
             self._blobs[self._name(place)] = (Kept(self._places), place)

@@ -163,7 +163,8 @@ def _at_once(layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]])
     firsts = [members[0] for members in sets]
     wide = [name for name in firsts if layer.get_parameter(f"{name}.weight").shape[1] > tiles.TILE]
     recorded = record(layer, inputs, wide, inputs.statistics_to) if wide else {}
-    seen = moments(layer, inputs, [name for name in firsts if name not in wide])
+    narrow = [name for name in firsts if name not in wide]
+    seen = moments(layer, inputs, narrow) if narrow else {}
 
     def statistics(name: str) -> Statistics:
         if name in recorded:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from offload.errors import ResourceError
 from quant import gptq, gptq_cost, tiles
@@ -24,7 +23,7 @@ from quant.nameless_file import NamelessFile
 from quant.preflight import Footprint
 from tests.test_awq import Layer
 from tests.test_gptq import correlated_inputs, gptq_run, gram_of, reference_values
-from tests.test_preflight import FOOTPRINT, sparse_model
+from tests.test_preflight import FOOTPRINT, llama_70b
 from tests.test_walk import contents, stop_before
 
 ROOT = Path(__file__).parent.parent
@@ -167,20 +166,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_name(
     monkeypatch.setattr(NamelessFile, "grow", without_room)
     assert gptq_run(tiny_model, calibration_text, tmp_path / "out") == 4
     assert "for inputs of a layer cannot be had on that disk (No space left on device)" in capsys.readouterr().err
-
-
-def llama_70b(directory: Path) -> Path:
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-        max_position_embeddings=8192,
-    )
-    return sparse_model(directory / "llama-70b", config)
 
 
 @pytest.mark.parametrize("tier", ["best", "fast"])

@@ -102,6 +102,10 @@ def test_the_bits_are_those_of_a_cache_on_the_host(
         assert device.held_bytes - weights == (len(layers) + SLOTS + SPARE) * chunk_bytes
         full = cache.get_seq_length() // CHUNK_TOKENS
         assert device.copied_back_bytes == len(layers) * full * chunk_bytes
+        shelf = layers[0]._shelf
+        assert shelf.store._registered[0].nbytes == len(layers) * whole_pages(chunk_bytes)
+        assert len(shelf.store._registered) == full
+        del shelf
         del cache, layers
         gc.collect()
         assert device.held_bytes == weights

@@ -39,9 +39,8 @@ def sparse_model(directory: Path, config: LlamaConfig) -> Path:
     return directory
 
 
-def test_70_billion_parameters_are_planned_from_headers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def llama_70b(directory: Path) -> Path:
+    """The shapes of Llama-70B, as `sparse_model`."""
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=8192,
@@ -52,7 +51,13 @@ def test_70_billion_parameters_are_planned_from_headers(
         tie_word_embeddings=False,
         max_position_embeddings=8192,
     )
-    model = sparse_model(tmp_path / "llama-70b", config)
+    return sparse_model(directory / "llama-70b", config)
+
+
+def test_70_billion_parameters_are_planned_from_headers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama_70b(tmp_path)
 
     def no_data(*arguments: Any) -> None:
         raise AssertionError("weights were read")

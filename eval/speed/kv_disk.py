@@ -130,9 +130,9 @@ class Bus:
 
     name, direct = "bus", True
 
-    def __init__(self, device: Device, layers: int) -> None:
+    def __init__(self, device: Device) -> None:
         self._device, self.device = device, device.torch_device
-        self.store: Store = HostStore(device, layers)
+        self.store: Store = HostStore(device)
 
     def rate(self, shelf: Shelf) -> float:
         """Return the bytes a second of copies one behind the other, while nothing else runs."""
@@ -173,7 +173,7 @@ def measure(options: argparse.Namespace) -> KVDiskReport:
     device = find_device() if options.device == "cuda" else None
     if options.device == "cuda" and device is None:
         raise UsageError("--device cuda: torch finds no CUDA device; leave it out to measure the disk")
-    link: Link = Disk() if device is None else Bus(device, options.layers)
+    link: Link = Disk() if device is None else Bus(device)
     shape = Shape(options.heads, options.key_heads, options.head_dim, options.context, link.device)
     block = BlockShape(1, shape.key_heads, shape.head_dim, shape.head_dim)
     held = options.layers + options.slots + SPARE
