@@ -159,8 +159,6 @@ class Shelf:
         if not self._slots:
             self._slots = [self._new(shape) for _ in range(self.room(shape).slots)]
             self._free.extend(range(len(self._slots)))
-            for slot in self._slots:  # their memory may have been given back by what is still being computed
-                slot.free = self.store.fence()
         blob = self.store.put(chunk, self.layers)
         self._written.append(chunk)
         with self.queue.change:

@@ -227,6 +227,24 @@ def test_observed_moments_are_those_of_both_models(layer: Layer) -> None:
     assert observe(layer, None, inputs, "mlp.down").lost is None
 
 
+@pytest.mark.parametrize("block", [7, 32, 96, 512])
+def test_moments_are_whole_however_grams_are_cut(layer: Layer, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut after each 7, say, of 64 and of 96 channels: neither is a multiple."""
+    monkeypatch.setattr("quant.layer._GRAM_BLOCK", block)
+    inputs = layer_inputs()
+    seen = moments(layer, inputs, list(linears(layer)))
+    for name, moment in seen.items():
+        x_TK = torch.cat(list(inputs_of(layer, inputs, name))).double()
+        torch.testing.assert_close(moment.gram.double(), x_TK.T @ x_TK / len(x_TK), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moment.magnitude.double(), x_TK.abs().mean(0), rtol=1e-5, atol=1e-5)
+        assert torch.equal(moment.gram, moment.gram.T)
+
+
+def test_moments_run_a_layer_no_further_than_the_last_linear(layer: Layer) -> None:
+    layer.mlp.down.register_forward_hook(lambda *_: pytest.fail("ran on"))
+    assert set(moments(layer, layer_inputs(), list(linears(layer)))) == set(linears(layer))
+
+
 def test_inputs_of_run_no_further_than_the_linear(layer: Layer) -> None:
     layer.mlp.down.register_forward_pre_hook(lambda *_: pytest.fail("ran on"))
     assert sum(len(x_TK) for x_TK in inputs_of(layer, layer_inputs(), "mlp.gate")) == 6 * 16
