@@ -23,7 +23,8 @@ from offload.checkpoint_writer import open_writer
 from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
 from offload.files import read_json
-from offload.memory import give_memory_back_at_once, peak_memory_bytes, trim_memory
+from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes, trim_memory
+from offload.planning.needs import CODE_BYTES
 from offload.skeleton import decoder_layers
 from offload.source import files_around
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
@@ -77,6 +78,8 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         needed = footprint(plan, method, amount, widens)
         needed = replace(needed, runtime_bytes=needed.runtime_bytes + (_TEXT_BYTES if amount else 0))
         print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
+        if options.kv is not None:
+            print(_describe_cache(plan, options, budget_bytes))
         return
     windows, calibration = _calibration(method, options, plan)
     files: dict[str, bytes] = {}
@@ -88,6 +91,8 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     needed = footprint(plan, method, amount, widens).within(budget_bytes)
     _check_output(output, plan, needed)
     say(describe(plan, method.name, output, amount, needed))
+    if options.kv is not None:
+        say(_describe_cache(plan, options, budget_bytes))
     recipe = Recipe(
         method=method.name,
         bits=plan.grid.bits,
@@ -123,6 +128,18 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         assert windows is not None, "the flag is for methods that calibrate"
         _calibrate_kv(output, windows[:_KV_WINDOWS], calibration, options)
     _report(Checkpoint.open(output), plan, started, options.json)
+
+
+def _describe_cache(plan: Plan, options: argparse.Namespace, budget_bytes: int | None) -> str:
+    """Say what `--kv` adds once all is written. Raises ResourceError if the budget does not run the result."""
+    least_bytes = smallest_memory(plan, own_memory_bytes() + CODE_BYTES)
+    if budget_bytes is not None and budget_bytes < least_bytes:
+        raise ResourceError(
+            f"--cpu-memory {format_bytes(budget_bytes)}: --kv runs the result, which takes "
+            f"{format_bytes(least_bytes)}; leave --kv away, and calibrate the cache later: python -m quant.kv"
+        )
+    samples = min(_KV_WINDOWS, options.num_samples)
+    return f"cache    then {samples} of the windows run through the result, within {format_bytes(least_bytes)} or more"
 
 
 def _calibrate_kv(output: Path, windows: Tensor, calibration: Mapping[str, Any], options: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
 """quant.kv: offsets beside a checkpoint, found right, named by its manifest, used with --kv int8, else refused."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +131,17 @@ def test_strong_biases_of_keys_cost_nothing_once_they_are_calibrated() -> None:
     assert rises[0] < 1e-3
     assert rises[1] > 3 * rises[0]
     assert rises[1] > 1e-3
+
+
+def test_a_plan_says_what_the_cache_adds_and_a_budget_that_the_result_breaks_is_refused_before_work(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), "--calibration", str(calibration_text)]
+    arguments += ["--num-samples", "9", "--seq-len", "32", "--group-size", "32", "--kv", "int8"]
+    assert awq.main([*arguments, "--plan"]) == 0
+    assert re.search(r"\ncache    then 9 of the windows run through the result, within \d", capsys.readouterr().out)
+    monkeypatch.setattr("quant.pipeline.smallest_memory", lambda *_: 9 << 30)
+    assert awq.main([*arguments, "--cpu-memory", "8GiB"]) == 4
+    error = capsys.readouterr().err
+    assert "--cpu-memory 8.0 GiB: --kv runs the result, which takes 9.0 GiB; leave --kv away" in error
+    assert not (tmp_path / "out").exists()
