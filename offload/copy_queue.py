@@ -17,9 +17,9 @@ from offload.transfer import Slots
 from offload.transfer_queue import Transfer, TransferQueue
 
 BOUNCE_BYTES = 4 << 20
-"""Of each of the buffers that stand in for memory that cannot be pinned."""
+"""Of each of the BOUNCE_BUFFERS that stand in for memory that cannot be pinned."""
 
-_BOUNCE_BUFFERS = 3
+BOUNCE_BUFFERS = 3
 
 
 class Lender(Protocol):
@@ -55,8 +55,8 @@ class Bounce:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._buffers = [device.allocate_pinned(BOUNCE_BYTES) for _ in range(_BOUNCE_BUFFERS)]
-        self._busy: list[Fence | None] = [None] * _BOUNCE_BUFFERS
+        self._buffers = [device.allocate_pinned(BOUNCE_BYTES) for _ in range(BOUNCE_BUFFERS)]
+        self._busy: list[Fence | None] = [None] * BOUNCE_BUFFERS
         self._next = 0
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -69,7 +69,7 @@ class Bounce:
             buffer[: part.nbytes] = part
             self._device.copy(target[start : start + part.nbytes], buffer[: part.nbytes])
             self._busy[self._next] = self._device.mark_copies()
-            self._next = (self._next + 1) % _BOUNCE_BUFFERS
+            self._next = (self._next + 1) % BOUNCE_BUFFERS
 
     def close(self) -> None:
         """Give the buffers back, of which none is in use."""

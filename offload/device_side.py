@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.checkpoint import LayerBlob
 from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyQueue, Kept, Lender
 from offload.device import Device
-from offload.layer_view import LayerView
+from offload.layer_view import LayerView, copied_bytes
 from offload.lent_layers import Crossing, LentLayers, MappedLayers
 from offload.memory import Arena, Memory
 from offload.planning.placement import Placement
@@ -25,14 +25,16 @@ _log = logging.getLogger(__name__)
 class Parts:
     """What the device's side takes from the executor.
 
-    layers, blobs: decoder layers and their shards, in order. read: reads a shard into an arena of its own, checked.
-    view_of: where in the model a shard in some memory belongs. host_ring: of those on disk, or None.
+    layers, blobs: decoder layers and their shards, in order. dtype: of what is not packed, where it is computed with.
+    read: reads a shard into an arena of its own, checked. view_of: where in the model a shard in some memory belongs,
+    with what gives memory for copies, see `layer_view`. host_ring: of those on disk, or None.
     """
 
     layers: list[nn.Module]
     blobs: list[LayerBlob]
+    dtype: torch.dtype
     read: Callable[[LayerBlob], Arena]
-    view_of: Callable[[LayerBlob, Memory], LayerView]
+    view_of: Callable[[LayerBlob, Memory, Callable[[int], Memory]], LayerView]
     host_ring: Slots | None
 
 
@@ -59,7 +61,7 @@ class DeviceSide:
         arena = parts.read(blob)
         memory = self.device.allocate(blob.nbytes)
         memory.bytes.copy_(arena.bytes[: blob.nbytes])
-        view = parts.view_of(blob, memory)
+        view = parts.view_of(blob, memory, self.device.allocate)
         view.attach()
         return view
 
@@ -74,14 +76,17 @@ class DeviceSide:
         slots = [self.device.allocate(size) for _ in range(placement.device_depth)]
         scratch = self.device.allocate(size) if places["mapped"] else None
         self.spare = slots[0] if slots else scratch
+        copies = self._room_for_copies(parts, places)
         kept = {at: parts.read(blobs[at]) for at in (*places["staged"], *places["mapped"]) if not disk[at]}
         ring_arenas = parts.host_ring.arenas if parts.host_ring is not None and placement.way != "host" else []
         self._pin([*kept.values(), *(arena for arena in ring_arenas if isinstance(arena, Arena))])
+        if places["staged"] and len(self._pinned) < len(kept) + len(ring_arenas):
+            self._bounce = Bounce(self.device)
         lenders = self._lenders(kept, [at for at, there in enumerate(disk) if there], parts.host_ring)
         if places["staged"]:
-            self._stage(parts, places["staged"], slots, lenders)
+            self._stage(parts, places["staged"], slots, lenders, copies)
         if scratch is not None:
-            self._map(parts, places["mapped"], scratch, lenders)
+            self._map(parts, places["mapped"], scratch, lenders, copies)
         crossing = Crossing(self.device.torch_device)
         for at in places["host"]:
             self._handles += crossing.hook(parts.layers[at])
@@ -111,22 +116,35 @@ class DeviceSide:
             self._bounce.close()
         self._bounce = None
 
+    def _room_for_copies(self, parts: Parts, places: dict[str, list[int]]) -> Callable[[int], Memory]:
+        """Return what gives all layers that are lent the same memory, as each needs its copies only while it runs."""
+        needed = [copied_bytes(parts.blobs[at], parts.dtype) for at in places["staged"]]
+        needed += [copied_bytes(parts.blobs[at], parts.dtype, moved=True) for at in places["mapped"]]
+        most = max(needed, default=0)
+        room = self.device.allocate(most) if most else None
+
+        def shared(nbytes: int) -> Memory:
+            assert room is not None, "one of the layers needs copies"
+            assert nbytes <= room.nbytes, "none needs more"
+            return room
+
+        return shared
+
     def _pin(self, arenas: list[Arena]) -> None:
-        """Pin as many arenas as the system lets, and have a way around for the others."""
+        """Pin as many arenas as the system lets, and say so where others are left."""
         for arena in arenas:
             arena.pinned = self.device.pin(arena)
             if not arena.pinned:
                 break
             self._pinned.append(arena)
         if len(self._pinned) < len(arenas):
-            self._bounce = Bounce(self.device)
             left = sum(arena.nbytes for arena in arenas if not arena.pinned)
             _log.warning(
                 "%d MiB of memory cannot be pinned (`ulimit -l`): layers there are copied through buffers of %d MiB "
                 "each, at %.1f GB/s at most",
                 left >> 20,
                 BOUNCE_BYTES >> 20,
-                _copied_per_second() / 1e9,
+                _copied_per_second(arenas[-1].bytes) / 1e9,
             )
 
     @staticmethod
@@ -139,21 +157,33 @@ class DeviceSide:
         return lenders
 
     def _stage(
-        self, parts: Parts, places: list[int], slots: list[Memory], lenders: dict[int, tuple[Lender, int]]
+        self,
+        parts: Parts,
+        places: list[int],
+        slots: list[Memory],
+        lenders: dict[int, tuple[Lender, int]],
+        copies: Callable[[int], Memory],
     ) -> None:
         blobs = [parts.blobs[at] for at in places]
         self.copies = CopyQueue(self.device, {parts.blobs[at].module: lenders[at] for at in places}, self._bounce)
         self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute)
-        lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory))
+        lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory, copies))
         for position, at in enumerate(places):
             self._handles += lent.hook(parts.layers[at], position)
 
-    def _map(self, parts: Parts, places: list[int], scratch: Memory, lenders: dict[int, tuple[Lender, int]]) -> None:
+    def _map(
+        self,
+        parts: Parts,
+        places: list[int],
+        scratch: Memory,
+        lenders: dict[int, tuple[Lender, int]],
+        copies: Callable[[int], Memory],
+    ) -> None:
         for lender in {id(lender): lender for lender, _ in (lenders[at] for at in places)}.values():
             mine = {lenders[at][1]: at for at in places if lenders[at][0] is lender}
 
             def view_of(position: int, memory: Memory, mine: dict[int, int] = mine) -> LayerView:
-                return parts.view_of(parts.blobs[mine[position]], memory)
+                return parts.view_of(parts.blobs[mine[position]], memory, copies)
 
             lent = MappedLayers(lender, view_of, self.device, scratch)
             for position, at in mine.items():
@@ -170,10 +200,11 @@ def move_buffers(model: nn.Module, host_layers: list[nn.Module], device: torch.d
                 module._buffers[name] = buffer.to(target)
 
 
-def _copied_per_second() -> float:
-    """Return what one thread copies from host memory into a buffer."""
-    source, target = torch.empty(16 * BOUNCE_BYTES, dtype=torch.uint8).fill_(1), torch.empty(BOUNCE_BYTES).byte()
+def _copied_per_second(source: Tensor) -> float:
+    """Return what one thread copies out of memory that is there, uint8 [bytes], into a buffer."""
+    target = torch.empty(min(BOUNCE_BYTES, source.nbytes), dtype=torch.uint8)
     started = time.perf_counter()
-    for start in range(0, source.nbytes, BOUNCE_BYTES):
-        target[:] = source[start : start + BOUNCE_BYTES]
+    for start in range(0, source.nbytes, target.nbytes):
+        part = source[start : start + target.nbytes]
+        target[: part.nbytes] = part
     return source.nbytes / (time.perf_counter() - started)

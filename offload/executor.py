@@ -79,7 +79,7 @@ def load(
         config,
         checkpoint,
         units,
-        model.dtype.itemsize,
+        model.dtype,
         context_tokens=context_tokens,
         batch_size=batch_size,
         chunk_tokens=prefill_chunk_tokens,

@@ -1,5 +1,6 @@
 """A shard in memory, as views that are put in their places in the model and taken out again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +9,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels.packed import PackedWeight
-from offload.checkpoint import LayerBlob
+from offload.checkpoint import LayerBlob, TensorSpec
 from offload.linear import PackedLinear
-from offload.memory import Memory
+from offload.memory import Arena, Memory
 
 PACKED, SCALE, ZERO, SHAPE = ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape"
 ORDER = ".input_order"
 """What follows the name of a packed linear in the names of its tensors. The order of inputs is there where a checkpoint
 of another tool has reordered them."""
 
-_HOST = torch.device("cpu")
+_ALIGNMENT = 64
+"""Of every copy in the memory that copies share, as of tensors in a shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,45 @@ class LayerView:
         return [torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage) for storage in storages.values()]
 
 
+def copied(blob: LayerBlob, dtype: torch.dtype, moved: bool = False) -> dict[str, TensorSpec]:
+    """Return the tensors of a shard that a model of `dtype` cannot use as they lie, as copies side by side.
+
+    These are floating tensors of another dtype; where a device computes out of host memory, `moved`, everything that is
+    not packed: norms, biases, orders of inputs. Of packed weights it reads those there too.
+    """
+    packed = {name.removesuffix(PACKED) for name in blob.tensors if name.endswith(PACKED)}
+    parts = {name + kind for name in packed for kind in (PACKED, SCALE, ZERO)}
+    copies: dict[str, TensorSpec] = {}
+    end = 0
+    for name, spec in blob.tensors.items():
+        wanted = dtype if spec.dtype.is_floating_point else spec.dtype
+        if name in parts or name.endswith(SHAPE) or (wanted == spec.dtype and not moved):
+            continue
+        nbytes = spec.nbytes // spec.dtype.itemsize * wanted.itemsize
+        copies[name] = TensorSpec(end, nbytes, spec.shape, wanted)
+        end = -(-(end + nbytes) // _ALIGNMENT) * _ALIGNMENT
+    return copies
+
+
+def copied_bytes(blob: LayerBlob, dtype: torch.dtype, moved: bool = False) -> int:
+    """Return the memory that the copies of `copied` take together."""
+    return max((spec.offset + spec.nbytes for spec in copied(blob, dtype, moved).values()), default=0)
+
+
 def layer_view(
     model: PreTrainedModel,
     blob: LayerBlob,
     memory: Memory,
     group_size: int | None,
-    device: torch.device = _HOST,
+    allocate: Callable[[int], Memory] | None = None,
 ) -> LayerView:
     """Describe where a shard's tensors lie in some memory and where in the model they belong.
 
-    group_size: of the packed weights, None for one group a row. device: where what is not packed has to be, norms and
-    biases; of packed weights a device reads also those in pinned host memory.
+    group_size: of the packed weights, None for one group a row. allocate: gives so many bytes of the memory of a device
+    that computes, for what it cannot use where it lies, see `copied`; None where the host computes.
     """
+    copies = copied(blob, model.dtype, moved=allocate is not None and isinstance(memory, Arena))
+    room = allocate(copied_bytes(blob, model.dtype, isinstance(memory, Arena))) if allocate and copies else None
     layer, prefix = model.get_submodule(blob.module), f"{blob.module}." if blob.module else ""
     tensors = {
         name.removeprefix(prefix): memory.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
@@ -89,12 +118,18 @@ def layer_view(
             continue
         owner_name, _, key = name.rpartition(".")
         owner = layer.get_submodule(owner_name)
-        dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
-        if dtype != tensor.dtype or device != tensor.device:
-            source, tensor = tensor, torch.empty_like(tensor, dtype=dtype, device=device)
+        if (copy := copies.get(prefix + name)) is not None:
+            source, tensor = tensor, _copy_in(room, copy)
             converted.append((tensor, source))
         if key in owner._parameters:
             others.append((owner._parameters, key, nn.Parameter(tensor, requires_grad=False)))
         else:
             others.append((owner._buffers, key, tensor))
     return LayerView(tuple(packed), tuple(others), tuple(converted))
+
+
+def _copy_in(room: Memory | None, copy: TensorSpec) -> Tensor:
+    """Return where a copy is to be, in host memory of its own where it has no room beside others."""
+    if room is None:
+        return torch.empty(copy.shape, dtype=copy.dtype)
+    return room.tensor(copy.offset, copy.nbytes, copy.shape, copy.dtype)

@@ -127,7 +127,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
         config,
         checkpoint,
         units,
-        dtype.itemsize,
+        dtype,
         context_tokens=options.context,
         batch_size=options.batch,
         chunk_tokens=PREFILL_TOKENS,

@@ -5,6 +5,7 @@ detached. What a device computes is arranged by `offload.device_side`, with the 
 """
 
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -297,7 +298,7 @@ class Executor:
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self.layers, self.blobs, self._read, self._view_of, self.slots)
+        return Parts(self.layers, self.blobs, self.model.dtype, self._read, self._view_of, self.slots)
 
     def _read(self, blob: LayerBlob) -> Arena:
         arena = Arena(blob.nbytes)
@@ -306,12 +307,12 @@ class Executor:
         return arena
 
     def _keep_on_host(self, blob: LayerBlob) -> LayerView:
-        view = layer_view(self.model, blob, self._read(blob), self.checkpoint.recipe.group_size)
+        view = self._view_of(blob, self._read(blob))
         view.attach()
         return view
 
-    def _view_of(self, blob: LayerBlob, memory: Memory) -> LayerView:
-        return layer_view(self.model, blob, memory, self.checkpoint.recipe.group_size, self.device)
+    def _view_of(self, blob: LayerBlob, memory: Memory, allocate: Callable[[int], Memory] | None = None) -> LayerView:
+        return layer_view(self.model, blob, memory, self.checkpoint.recipe.group_size, allocate)
 
     def _streamed_view(self, position: int, memory: Memory) -> LayerView:
-        return layer_view(self.model, self.streamed_blobs[position], memory, self.checkpoint.recipe.group_size)
+        return self._view_of(self.streamed_blobs[position], memory)

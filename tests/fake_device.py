@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from kernels.attention import CompiledAttention, DequantizedAttention, append_tokens
 from kernels.kv_block import BLOCK_TOKENS, KVBlocks
@@ -67,7 +67,9 @@ class Bytes(bytearray):
 class FakeDevice:
     """fail_at: the allocation that finds no memory. unpinned: the arena that is refused, 0 for all of them.
 
-    limit: memory for allocations, None for no end of it; held_bytes: what they hold now.
+    limit: memory for allocations, None for no end of it; held_bytes: what they hold now, peak_bytes: held at most;
+    buffers_bytes: of pinned memory that was allocated. fused_batch: activations up to which a product takes no memory
+    for its dequantized weight.
 
     eager: copies happen when they are queued instead of as late as can be.
     """
@@ -80,11 +82,14 @@ class FakeDevice:
         self.fail_at, self.unpinned, self.eager, self.most_mapped = fail_at, unpinned, eager, most_mapped
         self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
         self.lock = threading.RLock()
-        self.allocations = self.copies = self.copied_back_bytes = self.pins = self.held_bytes = self.stamps = 0
+        self.allocations = self.copies = self.copied_back_bytes = self.pins = self.stamps = 0
+        self.held_bytes = self.peak_bytes = self.buffers_bytes = 0
+        self.fused_batch = 64
         self.limit: int | None = None
         self.regions: list[Region] = []
         self.pinned: dict[int, Region] = {}
         self.waited_in: list[str] = []
+        self._dequantized: list[Memory] = []
         self._clocks: dict[str, Clock] = {}
         self._pending: list[tuple[int, Tensor, Tensor]] = []
 
@@ -101,6 +106,7 @@ class FakeDevice:
         region.used = self.clock_of("compute").get("compute", 0)  # it may be memory that was just given back
         self.regions.append(region)
         self.held_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         weakref.finalize(buffer, self._freed, region, nbytes)
         return Memory(memory)
 
@@ -120,10 +126,12 @@ class FakeDevice:
 
     def allocate_pinned(self, nbytes: int) -> Tensor:
         memory = Arena(nbytes).bytes.fill_(0xFF)
+        self.buffers_bytes += nbytes
         self.pinned[memory.data_ptr()] = Region(memory)
         return memory
 
     def free_pinned(self, memory: Tensor) -> None:
+        self.buffers_bytes -= memory.nbytes
         del self.pinned[memory.data_ptr()]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -190,6 +198,16 @@ class FakeDevice:
                 for stream in ("copy", "compute"):
                     join(self.clock_of(waiting), self.clock_of(stream))
 
+    def begin_product(self, linear: PackedLinear, x: Tensor) -> None:
+        """Take what a product of many activations takes while it runs, where the weight is the device's to read."""
+        assert linear.packed is not None, "it is attached"
+        address, many = linear.packed.codes.data_ptr(), x.numel() // x.shape[-1] > self.fused_batch
+        if many and (self._region(address, self.regions) or self._region(address)):
+            self._dequantized.append(self.allocate(linear.in_features * linear.out_features * x.dtype.itemsize))
+
+    def end_product(self) -> None:
+        self._dequantized.clear()
+
     def kernel_reads(self, tensor: Tensor) -> None:
         with self.lock:
             region = self._region(tensor.data_ptr(), self.regions) or self._region(tensor.data_ptr())
@@ -237,14 +255,21 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) 
         held += [tensor for tensor in module._parameters.values() if tensor is not None and not tensor.is_meta]
         for tensor in held:
             device.kernel_reads(tensor)
+        if isinstance(module, PackedLinear) and packed is not None:
+            device.begin_product(module, arguments[0])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, PackedLinear):
+            device.end_product()
 
     monkeypatch.setattr(FileReader, "read_into", watched)
     monkeypatch.setattr("offload.executor.find_device", lambda: device)
-    handle = register_module_forward_pre_hook(touch)
+    handles = [register_module_forward_pre_hook(touch), register_module_forward_hook(leave, always_call=True)]
     try:
         yield device
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _watch_cache(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:

@@ -62,7 +62,8 @@ def check_memory(model: PreTrainedModel, device: FakeDevice) -> None:
     on_device = sum(sizes[blob.module] for blob, tier in zip(blobs, placement.tiers, strict=True) if tier == "resident")
     slots = placement.device_depth + ("mapped" in placement.hows)
     around = sum(blob.nbytes for blob in executor.checkpoint.blobs if not blob.module)
-    assert device.held_bytes == around + on_device + slots * max(sizes.values())
+    copies = placement.device_copies_bytes
+    assert device.held_bytes == around + on_device + slots * max(sizes.values()) + copies
     pinned = sum(tier in ("staged", "mapped") for tier in placement.tiers)
     ring = placement.depth if "disk" in placement.tiers and placement.way != "host" else 0
     assert len(device.pinned) == pinned + ring

@@ -1,14 +1,19 @@
 """What a model takes, in bytes, before any of it is loaded: counted from its configuration and its files."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PretrainedConfig
 
 from kernels.kv_block import BLOCK_TOKENS, BlockShape
 from offload.checkpoint import Checkpoint, LayerBlob
+from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
 from offload.kv_shelf import shelved_bytes
+from offload.layer_view import PACKED, SHAPE, copied, copied_bytes
 from offload.memory import own_memory_bytes, whole_pages
+from offload.planning.predict import Tier
 from offload.planning.wishes import KVFormat
 from offload.units import Units
 
@@ -39,15 +44,40 @@ class ExpertNeeds:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceScratch:
+    """What computing on a GPU takes beside weights as they lie in their files, in bytes.
+
+    converted: of each layer, copies of what is wanted in another dtype than it has; moved: those of a layer that is
+    read across the bus, all that is not packed. dequantized: the largest packed weight of a layer as prompts are
+    multiplied by it. raw: the largest shard around the layers that is given up once it is converted. In host memory,
+    shard: the largest around the layers, on its way; bounce: buffers that copies go through where it is not pinned.
+    """
+
+    converted_bytes: tuple[int, ...] = ()
+    moved_bytes: tuple[int, ...] = ()
+    dequantized_bytes: int = 0
+    raw_bytes: int = 0
+    shard_bytes: int = 0
+    bounce_bytes: int = 0
+
+    def copies_bytes(self, hows: Sequence[Tier]) -> int:
+        """Return what copies take of layers computed so: their own of those that stay, of the others the largest."""
+        converted = [nbytes for nbytes, how in zip(self.converted_bytes, hows, strict=False) if how == "resident"]
+        lent = [nbytes for nbytes, how in zip(self.converted_bytes, hows, strict=False) if how == "staged"]
+        lent += [nbytes for nbytes, how in zip(self.moved_bytes, hows, strict=False) if how == "mapped"]
+        return sum(converted) + max(lent, default=0)
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What a model takes beside its decoder layers, in bytes, and what each layer takes.
 
     runtime: Python, torch and transformers, their code included. fixed: embeddings, norms and head. cache: keys and
     values at the asked context, of them what is at hand; shelf: for layers that a GPU computes, what is beside it in
     host memory. activations: the largest pass. layers: one entry a decoder layer, in order.
-    device_runtime: what a GPU's memory holds before any tensor. embedding: what of the fixed bytes is a table that can
-    stay on disk. head_blocks: what of them is the head, in blocks that can be streamed; none if it cannot. experts:
-    what of the layers are experts, None if they have none.
+    device_runtime: what a GPU's memory holds before any tensor; device: what is taken there beside weights. embedding:
+    what of the fixed bytes is a table that can stay on disk. head_blocks: what of them is the head, in blocks that can
+    be streamed; none if it cannot. experts: what of the layers are experts, None if they have none.
     """
 
     runtime_bytes: int
@@ -60,6 +90,7 @@ class Needs:
     head_blocks_bytes: tuple[int, ...] = ()
     experts: ExpertNeeds | None = None
     shelf_bytes: int = 0
+    device: DeviceScratch = DeviceScratch()
 
     def without_embedding(self) -> "Needs":
         """Return what is needed when the embeddings are left on disk."""
@@ -110,7 +141,7 @@ def count_needs(
     config: PretrainedConfig,
     checkpoint: Checkpoint,
     units: Units,
-    element_bytes: int,
+    dtype: torch.dtype,
     *,
     context_tokens: int,
     batch_size: int,
@@ -121,24 +152,58 @@ def count_needs(
 ) -> Needs:
     """Return the needs of a checkpoint in this process, as it is before loading.
 
-    units: what of it can be had apart. element_bytes: of activations, keys and values, and of what is not quantized.
-    chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for element_bytes.
+    units: what of it can be had apart. dtype: of activations, keys and values, and of what is not quantized.
+    chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for in dtype.
     kv_bytes: of them at hand, see `Wishes`. Raises ResourceError if that is too little.
     """
-    at_hand, away = _cache_at_hand(config, context_tokens, element_bytes, batch_size, kv, kv_bytes)
-    fixed = sum(blob.nbytes for blob in checkpoint.blobs if not blob.module)
+    at_hand, away = _cache_at_hand(config, context_tokens, dtype.itemsize, batch_size, kv, kv_bytes)
+    around = [blob for blob in checkpoint.blobs if not blob.module]
     return Needs(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
-        fixed_bytes=int(fixed * element_bytes / 2),
+        fixed_bytes=sum(_held_bytes(blob, dtype) for blob in around),
         cache_bytes=at_hand,
         activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens)),
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
-        embedding_bytes=0 if units.embedding is None else int(_table_bytes(*units.embedding) * element_bytes / 2),
+        embedding_bytes=0 if units.embedding is None else _table_elements(*units.embedding) * dtype.itemsize,
         head_blocks_bytes=() if units.head is None else tuple(whole_pages(b.nbytes) for b in units.head.blocks()),
         experts=expert_needs(config, units),
         shelf_bytes=away,
+        device=device_scratch(checkpoint, dtype),
     )
+
+
+def device_scratch(checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceScratch:
+    """Return what a checkpoint takes of a GPU beside its weights, in a model of a dtype.
+
+    A few activations of a product are multiplied without the dequantized weight, and need less beside it.
+    """
+    layers = [blob for blob in checkpoint.blobs if blob.module]
+    around = [blob for blob in checkpoint.blobs if not blob.module]
+    weights = [
+        spec.nbytes * 8 // checkpoint.recipe.bits_of(name.removesuffix(PACKED))
+        for blob in layers
+        for name, spec in blob.tensors.items()
+        if name.endswith(PACKED)
+    ]
+    return DeviceScratch(
+        converted_bytes=tuple(copied_bytes(blob, dtype) for blob in layers),
+        moved_bytes=tuple(copied_bytes(blob, dtype, moved=True) for blob in layers),
+        dequantized_bytes=max(weights, default=0) * dtype.itemsize,
+        raw_bytes=max((blob.nbytes for blob in around if _is_given_up(blob, dtype)), default=0),
+        shard_bytes=max((whole_pages(blob.nbytes) for blob in around), default=0),
+        bounce_bytes=BOUNCE_BUFFERS * BOUNCE_BYTES,
+    )
+
+
+def _held_bytes(blob: LayerBlob, dtype: torch.dtype) -> int:
+    """Return what a shard around the layers takes once it is loaded."""
+    return copied_bytes(blob, dtype) + (0 if _is_given_up(blob, dtype) else blob.nbytes)
+
+
+def _is_given_up(blob: LayerBlob, dtype: torch.dtype) -> bool:
+    """Whether nothing of a shard is used as it lies: all of it is wanted in another dtype."""
+    return set(copied(blob, dtype)) == {name for name in blob.tensors if not name.endswith(SHAPE)}
 
 
 def expert_needs(config: PretrainedConfig, units: Units) -> ExpertNeeds | None:
@@ -155,8 +220,8 @@ def expert_needs(config: PretrainedConfig, units: Units) -> ExpertNeeds | None:
     )
 
 
-def _table_bytes(blob: LayerBlob, name: str) -> int:
-    return blob.tensors[name].nbytes
+def _table_elements(blob: LayerBlob, name: str) -> int:
+    return math.prod(blob.tensors[name].shape)
 
 
 def _cache_at_hand(

@@ -107,8 +107,31 @@ class Placement:
         """The process's peak, as planned."""
         needs = self.needs
         fixed = 0 if self.uses_device else needs.fixed_bytes
-        held = self.bytes_in("host", "staged", "mapped") + self.slots_bytes + self.expert_slots_bytes
-        return needs.runtime_bytes + fixed + self.host_cache_bytes + needs.working_bytes + held
+        apart = self.bounce_bytes + self.host_loading_bytes
+        return needs.runtime_bytes + fixed + self.host_cache_bytes + needs.working_bytes + self.held_bytes + apart
+
+    @property
+    def held_bytes(self) -> int:
+        """What layers and blocks of the head take in host memory, the rings with them."""
+        return self.bytes_in("host", "staged", "mapped") + self.slots_bytes + self.expert_slots_bytes
+
+    @property
+    def bounce_bytes(self) -> int:
+        """Buffers that copies go through if the system does not let memory be pinned, which only loading shows."""
+        return self.needs.device.bounce_bytes if "staged" in self.hows else 0
+
+    @property
+    def host_loading_bytes(self) -> int:
+        """What shards on their way to a GPU take, one at a time, more than computing does later.
+
+        Layers that stay there come before any is kept in host memory, what lies around the layers comes last.
+        """
+        if not self.uses_device:
+            return 0
+        layers = zip(self.needs.layers_bytes, self.tiers, strict=True)
+        layer = max((nbytes for nbytes, tier in layers if tier == "resident"), default=0)
+        kept = self.bytes_in("host", "staged", "mapped")
+        return max(0, max(self.needs.device.shard_bytes, layer - kept) - self.needs.working_bytes)
 
     @property
     def device_bytes(self) -> int:
@@ -117,7 +140,20 @@ class Placement:
             return 0
         needs = self.needs
         around = needs.device_runtime_bytes + needs.fixed_bytes + self.device_cache_bytes
-        return around + needs.working_bytes + self.layers_device_bytes
+        scratch = self.device_copies_bytes + needs.device.dequantized_bytes + self.device_loading_bytes
+        return around + needs.working_bytes + self.layers_device_bytes + scratch
+
+    @property
+    def device_copies_bytes(self) -> int:
+        """Copies on the GPU of what layers cannot use there as it lies: norms and biases, mostly."""
+        return self.needs.device.copies_bytes(self.hows)
+
+    @property
+    def device_loading_bytes(self) -> int:
+        """What a shard that is converted on the GPU takes there more than computing does later."""
+        needs = self.needs
+        later = self.device_cache_bytes + needs.working_bytes + needs.device.dequantized_bytes
+        return max(0, needs.device.raw_bytes - later) if self.uses_device else 0
 
     @property
     def layers_device_bytes(self) -> int:
@@ -175,6 +211,7 @@ def too_small(placement: Placement) -> str:
             (needs.fixed_bytes, "for embeddings and head"),
             (placement.device_cache_bytes, "for keys and values"),
             (needs.working_bytes, "for activations and reserve"),
+            *((nbytes, f"for {what}") for what, nbytes in _device_scratch(placement)),
             (placement.layers_device_bytes, "for layers"),
         ]
         return _refusal("--gpu-memory", placement.device_budget_bytes, placement.device_bytes, parts)
@@ -198,7 +235,27 @@ def _host_parts(placement: Placement) -> list[tuple[int, str]]:
         ),
         (placement.host_cache_bytes, "for keys and values"),
         (needs.working_bytes, "for activations and reserve"),
+        *((nbytes, f"for {what}") for what, nbytes in _host_scratch(placement)),
     ]
+
+
+def _host_scratch(placement: Placement) -> list[tuple[str, int]]:
+    """Say what a GPU takes of host memory beside layers, where it takes any."""
+    lines = [
+        ("buffers for copies, should memory not be pinned", placement.bounce_bytes),
+        ("shards on their way to the GPU, beyond activations", placement.host_loading_bytes),
+    ]
+    return [line for line in lines if line[1]]
+
+
+def _device_scratch(placement: Placement) -> list[tuple[str, int]]:
+    """Say what computing takes on the GPU beside weights as they lie, where it takes any."""
+    lines = [
+        ("copies of norms and biases", placement.device_copies_bytes),
+        ("the largest weight dequantized, in prompts", placement.needs.device.dequantized_bytes),
+        ("a shard while it is converted", placement.device_loading_bytes),
+    ]
+    return [line for line in lines if line[1]]
 
 
 def _refusal(budget_flag: str, budget: int, smallest: int, parts: list[tuple[int, str]]) -> str:
@@ -217,6 +274,7 @@ def describe(placement: Placement) -> str:
         *([] if placement.uses_device else [(_around(placement), needs.fixed_bytes)]),
         ("keys and values", placement.host_cache_bytes),
         ("activations and reserve", needs.working_bytes),
+        *_host_scratch(placement),
         *_layer_lines(
             placement, {"host": "kept in memory", "staged": "copied to the GPU", "mapped": "read by the GPU"}
         ),
@@ -229,6 +287,7 @@ def describe(placement: Placement) -> str:
             ("embeddings, norms, head", needs.fixed_bytes),
             ("keys and values", placement.device_cache_bytes),
             ("activations and reserve", needs.working_bytes),
+            *_device_scratch(placement),
             *_layer_lines(placement, {"resident": "on the GPU"}),
             (_device_ring(placement), placement.device_depth * max(needs.layers_bytes)),
         ]

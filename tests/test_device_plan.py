@@ -1,0 +1,180 @@
+"""What a plan counts of a GPU's memory, and of the host's for its sake, is what is taken there: on a faked device."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from test_device import PLACEMENTS, passes, placed, same
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
+from offload.executor import executor_of, load
+from offload.linear import PackedLinear
+from offload.memory import Arena
+from offload.planning import needs as needs_module
+from offload.planning import placement as placement_module
+from offload.planning.placement import Placement, describe, too_small
+
+pytestmark = pytest.mark.timeout(120)
+PROMPT = torch.randint(1, 250, (1, 100), generator=torch.Generator().manual_seed(1))
+"""More tokens than a product takes without its weight dequantized."""
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+"""The checkpoint's own, one of the same size, one of another."""
+
+
+@pytest.fixture(autouse=True)
+def _modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused step rounds in another way than the modules of layers on a GPU."""
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
+
+
+@torch.inference_mode()
+def run(model: PreTrainedModel) -> list[Tensor]:
+    """Logits of a long prompt, and of what two passes after it give."""
+    out = model(PROMPT, use_cache=True)
+    return [out.logits, model(torch.tensor([[7]]), past_key_values=out.past_key_values).logits, *passes(model)]
+
+
+def page_rounding(model: PreTrainedModel) -> int:
+    """What a plan counts of layers and slots on the GPU for whole pages, which only host memory comes in."""
+    executor = executor_of(model)
+    placement, sizes = executor.placement, [blob.nbytes for blob in executor.blobs]
+    planned = placement.needs.layers_bytes
+    more = [pages - size for pages, size in zip(planned, sizes, strict=True)]
+    resident = sum(nbytes for nbytes, tier in zip(more, placement.tiers, strict=True) if tier == "resident")
+    slots = placement.device_depth + ("mapped" in placement.hows)
+    return resident + slots * (max(planned) - max(sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_peak_on_the_device_is_what_is_planned(
+    name: str, dtype: torch.dtype, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(load(tiny_checkpoint, dtype=dtype))
+    with placed(monkeypatch, tiny_checkpoint, name, dtype=dtype) as (model, device):
+        assert same(run(model), expected)
+        placement = executor_of(model).placement
+        needs = placement.needs
+        elsewhere = needs.device_runtime_bytes + needs.working_bytes + placement.device_cache_bytes  # torch's own
+        loading = max(0, needs.device.raw_bytes - needs.device.dequantized_bytes)  # there is no cache yet
+        planned = placement.device_bytes - elsewhere - page_rounding(model)
+        assert placement.device_loading_bytes == 0  # hidden behind activations
+        assert device.peak_bytes <= planned + loading
+        assert device.peak_bytes >= planned - (0 if dtype == torch.bfloat16 else needs.device.raw_bytes)
+        assert bool(needs.device.raw_bytes) == (dtype != torch.bfloat16)
+
+
+def test_a_shard_that_is_converted_on_the_device_has_room_there(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needs_module, "_RESERVE_BYTES", 0)
+    words: dict[str, Any] = {"dtype": torch.float16, "context_tokens": 1, "prefill_chunk_tokens": 1}
+    with placed(monkeypatch, tiny_checkpoint, "resident", **words) as (model, device):
+        placement = executor_of(model).placement
+        assert placement.device_loading_bytes > 0
+        planned = placement.device_bytes - placement.needs.device_runtime_bytes - page_rounding(model)
+        *_, last = executor_of(model).checkpoint.blobs  # it is not there yet when the first is converted
+        assert planned - 2 * last.nbytes <= device.peak_bytes <= planned
+
+
+@pytest.mark.parametrize("name", ["mapped", "disk into mapped"])
+def test_layers_that_are_read_across_the_bus_share_the_memory_of_their_copies(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(monkeypatch, tiny_checkpoint, name) as (model, device):
+        layers = [layer for layer, how in zip(executor_of(model).layers, executor_of(model).placement.hows, strict=True)
+                  if how == "mapped"]  # fmt: skip
+        seen: list[tuple[int, bool]] = []
+
+        def look(norm: nn.Module, *_: Any) -> None:
+            address = norm.weight.data_ptr()
+            seen.append((address, device._region(address, device.regions) is not None))
+
+        for layer in layers:
+            layer.input_layernorm.register_forward_pre_hook(look)
+        with torch.inference_mode():
+            model(torch.tensor([[7]]))
+        assert seen == [(seen[0][0], True)] * len(layers)
+
+
+def test_the_largest_weight_is_counted_as_it_is_dequantized(
+    tiny_checkpoint: Path, tiny_8_bits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for checkpoint in (tiny_checkpoint, tiny_8_bits):
+        with placed(monkeypatch, checkpoint, "resident") as (model, _):
+            linears = [module for module in model.model.layers.modules() if isinstance(module, PackedLinear)]
+            largest = max(linear.weight.nbytes for linear in linears)
+            assert executor_of(model).placement.needs.device.dequantized_bytes == largest
+
+
+class Arenas:
+    """Counts host memory that arenas hold, and held at most."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held_bytes = self.peak_bytes = 0
+        make = Arena.__init__
+
+        def made(arena: Arena, nbytes: int) -> None:
+            make(arena, nbytes)
+            self.held_bytes += arena.nbytes
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+            weakref.finalize(arena._memory, self._freed, arena.nbytes)
+
+        monkeypatch.setattr(Arena, "__init__", made)
+
+    def _freed(self, nbytes: int) -> None:
+        self.held_bytes -= nbytes
+
+
+@pytest.mark.parametrize("unpinned", [None, 0], ids=["pinned", "not pinned"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_peak_on_the_host_is_what_is_planned(
+    name: str, unpinned: int | None, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what is computed, which is in no arena, and for buffers that were not needed."""
+    monkeypatch.setattr(needs_module, "_RESERVE_BYTES", 0)
+    gc.collect()
+    arenas, fake = Arenas(monkeypatch), FakeDevice(unpinned=unpinned)
+    words: dict[str, Any] = {"context_tokens": 1, "prefill_chunk_tokens": 1}
+    with placed(monkeypatch, tiny_checkpoint, name, device=fake, **words) as (model, device):
+        placement = executor_of(model).placement
+        passes(model)
+        needs, not_taken = placement.needs, placement.bounce_bytes - device.buffers_bytes
+        planned = placement.expected_bytes - needs.runtime_bytes - placement.host_cache_bytes - not_taken
+        assert planned - needs.working_bytes <= arenas.peak_bytes <= planned
+        assert not_taken == (0 if unpinned == 0 or "staged" not in placement.hows else BOUNCE_BUFFERS * BOUNCE_BYTES)
+    assert device.buffers_bytes == 0
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_what_is_printed_and_refused_adds_up(name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs_module, "_RESERVE_BYTES", 0)
+    words: dict[str, Any] = {"dtype": torch.float16, "context_tokens": 1, "prefill_chunk_tokens": 1}
+    with placed(monkeypatch, tiny_checkpoint, name, **words) as (model, _):
+        placement = executor_of(model).placement
+    shown = describe(placement)
+    assert ("buffers for copies, should memory not be pinned" in shown) == ("staged" in placement.hows)
+    assert "copies of norms and biases" in shown
+    assert "the largest weight dequantized, in prompts" in shown
+    assert "a shard while it is converted" in shown
+    assert "shards on their way to the GPU, beyond activations" in shown
+    sums: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        placement_module, "_sum", lambda lines, total, _: str(sums.append((sum(n for _, n in lines), total)))
+    )
+    describe(placement)
+    monkeypatch.setattr(
+        placement_module, "_refusal", lambda _, __, least, parts: str(sums.append((sum(n for n, _ in parts), least)))
+    )
+    decided = {field: getattr(placement, field) for field in ("tiers", "depth", "needs", "device_depth", "way")}
+    too_small(Placement(**decided, budget_bytes=None, device_budget_bytes=1))
+    too_small(Placement(**decided, budget_bytes=1))
+    assert len(sums) == 4
+    assert all(parts == total for parts, total in sums)
