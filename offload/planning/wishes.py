@@ -25,10 +25,11 @@ class WishWords(TypedDict, total=False):
     """Keywords of `offload.load` that decide what lives where; None stands for a wish that was not made.
 
     cpu_memory: budget of the whole process, bytes or "8GiB". gpu_memory: budget on the GPU. max_memory: both of them as
-    in accelerate, {"cpu": "60GiB", 0: "10GiB"}. device_map: "auto", "balanced", "balanced_low_0" (one GPU: all three
-    spread what is kept between what is streamed), "sequential" (keep the first layers), or modules and their devices.
-    gpu_weights_percent: share of the layers on the GPU (FlexGen). cpu_offload_gb: GiB of layers to leave in host memory
-    (vLLM). n_gpu_layers: layers on the GPU, -1 for all (llama.cpp). slots: of the ring that disk is read into.
+    in accelerate, {"cpu": "60GiB", 0: "10GiB"}; one without a GPU leaves it out. device_map: "auto", "balanced",
+    "balanced_low_0" (one GPU: all three spread what is kept between what is streamed), "sequential" (keep the first
+    layers), or modules and their devices. gpu_weights_percent: share of the layers on the GPU (FlexGen).
+    cpu_offload_gb: GiB of layers to leave in host memory (vLLM), 0 for none where there is a GPU. n_gpu_layers: layers
+    on the GPU, -1 for all (llama.cpp). slots: of the ring that disk is read into.
     kv: "int8" for keys and values in 8 bits, else they are of the model's dtype. kv_memory: of those in 8 bits, what
     may lie in memory, the rest on disk, or of layers that a GPU computes what may lie there, the rest in host memory; 0
     for as little as can be. cache_implementation: both in transformers' words,
@@ -100,7 +101,7 @@ class Wishes:
             _bounded(made, "slots", 1, 3, whole=True),
             kv=kv,
             kv_bytes=kv_bytes,
-            anywhere=device_map in _WHOLE_MAPS,
+            anywhere=_lets_a_gpu_be_used(made, "gpu" in sizes),
         )
 
     def within(self, device_bytes: int) -> "Wishes":
@@ -234,6 +235,13 @@ def _budgets(made: dict[str, Any]) -> dict[Device, int]:
             raise _contradiction(f"{device}_memory", "max_memory", f"both are a budget for the {device.upper()}")
         sizes[device] = _size(value, f"{flag('max_memory')} {key}")
     return sizes
+
+
+def _lets_a_gpu_be_used(made: dict[str, Any], has_budget: bool) -> bool:
+    """Whether a GPU is taken where there is one, and missed by nobody where there is none."""
+    if "max_memory" in made and not has_budget:  # accelerate uses the devices that are named
+        return False
+    return made.get("device_map") in _WHOLE_MAPS or made.get("cpu_offload_gb") == 0
 
 
 def _size(value: Size, where: str) -> int:
