@@ -5,7 +5,8 @@ Those that come from disk first, or through a small pinned buffer where memory c
 thread. In either case what is computed waits for them on the device, and they for what was computed, not the host.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -77,16 +78,41 @@ class Bounce:
             self._device.free_pinned(self._buffers.pop())
 
 
+class CopyLog:
+    """Counts copies of one kind between host memory and a device, and tells whoever listens of each as it is queued.
+
+    copied_bytes: since the beginning. on_copy(blob, started, ended): who listens, or None.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.copied_bytes = 0
+        self.on_copy: Callable[[LayerBlob, Stamp, Stamp], None] | None = None
+        self._device = device
+
+    @contextmanager
+    def copying(self, blob: LayerBlob) -> Iterator[None]:
+        """Note a copy that is queued meanwhile. One thread at a time."""
+        listener = self.on_copy
+        if listener is None:
+            yield
+        else:
+            started = self._device.stamp_copies()
+            yield
+            listener(blob, started, self._device.stamp_copies())
+        self.copied_bytes += blob.nbytes
+
+
 class CopyQueue(TransferQueue):
     """Copies blobs to the device. To be used from the thread that computes.
 
     sources: who lends each blob, and as which position, by the name of its module. bounce: the way out of arenas that
-    are not pinned. on_copy(blob, started, ended), if set, is told of every copy as it is queued.
+    are not pinned. log: where copies are noted.
     """
 
-    def __init__(self, device: Device, sources: Mapping[str, tuple[Lender, int]], bounce: Bounce | None) -> None:
-        self.on_copy: Callable[[LayerBlob, Stamp, Stamp], None] | None = None
-        self._device, self._sources, self._bounce = device, sources, bounce
+    def __init__(
+        self, device: Device, sources: Mapping[str, tuple[Lender, int]], bounce: Bounce | None, log: CopyLog
+    ) -> None:
+        self._device, self._sources, self._bounce, self._log = device, sources, bounce, log
         self._threaded = bounce is not None or any(isinstance(lender, Slots) for lender, _ in sources.values())
         super().__init__("copy-ahead", self._threaded)
 
@@ -120,10 +146,8 @@ class CopyQueue(TransferQueue):
                 self._device.copies_wait(transfer.after)
             count = transfer.blob.nbytes
             copy = self._device.copy if self._bounce is None or arena.pinned else self._bounce.copy
-            started = None if self.on_copy is None else self._device.stamp_copies()
-            copy(transfer.arena.bytes[:count], arena.bytes[:count])
-            transfer.ready = self._device.mark_copies()
-            if self.on_copy is not None and started is not None:
-                self.on_copy(transfer.blob, started, self._device.stamp_copies())
+            with self._log.copying(transfer.blob):
+                copy(transfer.arena.bytes[:count], arena.bytes[:count])
+                transfer.ready = self._device.mark_copies()
         finally:
             lender.release(position)

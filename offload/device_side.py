@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from offload.checkpoint import LayerBlob
-from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyQueue, Kept, Lender
+from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyLog, CopyQueue, Kept, Lender
 from offload.device import Device
 from offload.layer_view import LayerView, copied_bytes
 from offload.lent_layers import Crossing, LentLayers, MappedLayers
@@ -42,12 +42,14 @@ class DeviceSide:
     """Owns the memory on the device, the pinned memory beside it, and the hooks of the layers that need them.
 
     copies, ring: what copies layers ahead, and the slots on the device, None if none are copied. spare: memory of a
-    layer on the device that holds nothing between passes, of a ring that was reset; None where all layers stay. Raises
-    torch.OutOfMemoryError if the device's memory does not do; then it is to be closed.
+    layer on the device that holds nothing between passes, of a ring that was reset; None where all layers stay.
+    layer_copies, cache_copies, cache_copies_back: what crossed the bus since loading, the latter two of keys and values
+    that are in host memory. Raises torch.OutOfMemoryError if the device's memory does not do; then it is to be closed.
     """
 
     def __init__(self, device: Device, poison: bool) -> None:
         self.device, self._poison = device, poison
+        self.layer_copies, self.cache_copies, self.cache_copies_back = (CopyLog(device) for _ in range(3))
         self.copies: CopyQueue | None = None
         self.ring: Slots | None = None
         self.spare: Memory | None = None
@@ -165,7 +167,8 @@ class DeviceSide:
         copies: Callable[[int], Memory],
     ) -> None:
         blobs = [parts.blobs[at] for at in places]
-        self.copies = CopyQueue(self.device, {parts.blobs[at].module: lenders[at] for at in places}, self._bounce)
+        sources = {parts.blobs[at].module: lenders[at] for at in places}
+        self.copies = CopyQueue(self.device, sources, self._bounce, self.layer_copies)
         self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute)
         lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory, copies))
         for position, at in enumerate(places):

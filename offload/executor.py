@@ -178,7 +178,8 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     if side is None:
         return shelved_cache(model, FileStore(executor.kv_queue), executor.kv_bytes, poison=executor.poison)
     on_host = [at for at, how in enumerate(executor.placement.hows) if how == "host"]
-    return shelved_cache(model, HostStore(side.device), executor.kv_bytes, on_host, executor.poison)
+    store = HostStore(side.device, side.cache_copies, side.cache_copies_back)
+    return shelved_cache(model, store, executor.kv_bytes, on_host, executor.poison)
 
 
 def _generate_with_new_cache(model: PreTrainedModel) -> None:

@@ -29,8 +29,9 @@ class Report:
 
     predicted_tokens_per_second: what the plan said of decoding, None for a model that `offload.plan` has not rehearsed.
     bytes_per_token: weights that decoding one token reads, wherever they lie. disk_bytes_per_token: those of them read
-    from disk. limit: the link that bounds decoding, see `offload.limit`; limit_bytes_per_second: measured in this run,
-    just after; fraction: of that limit, reached while decoding.
+    from disk. cache_bytes_per_token: keys and values that a pass copied between host memory and a GPU. limit: the link
+    that bounds decoding, see `offload.limit`; limit_bytes_per_second: measured in this run, just after; fraction: of
+    that limit, reached while decoding.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Report:
     predicted_tokens_per_second: float | None
     bytes_per_token: int
     disk_bytes_per_token: int
+    cache_bytes_per_token: int
     limit: str
     limit_bytes_per_second: float
     fraction: float
@@ -176,7 +178,8 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
     passes = max(1, len(clock.times)) + (prompt_tokens - 1) // PREFILL_CHUNK_TOKENS
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
     peak = peak_memory_bytes()
-    limit = measure_limit(executor, disk_bytes)
+    cache_bytes = (stats.cache_bytes_copied - before.cache_bytes_copied) // passes
+    limit = measure_limit(executor, disk_bytes, cache_bytes)
     return Report(
         text=session.prompts.text(clock.tokens),
         prompt_tokens=prompt_tokens,
@@ -186,6 +189,7 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
         predicted_tokens_per_second=session.predicted_tokens_per_second,
         bytes_per_token=executor.bytes_per_token,
         disk_bytes_per_token=disk_bytes,
+        cache_bytes_per_token=cache_bytes,
         limit=limit.link,
         limit_bytes_per_second=limit.bytes_per_second,
         fraction=limit.seconds_per_token * clock.tokens_per_second,
@@ -212,6 +216,8 @@ def _print_report(report: Report) -> None:
     plan = "not predicted; `python -m offload.plan` rehearses it" if predicted is None else f"{predicted:.1f} predicted"
     say(f"decode   {report.new_tokens} tokens, {report.decode_tokens_per_second:.1f} tokens/s; {plan}")
     say(f"weights  {format_bytes(report.bytes_per_token)} read per token{disk}")
+    if report.cache_bytes_per_token:
+        say(f"cache    {format_bytes(report.cache_bytes_per_token)} of keys and values copied per token")
     say(f"limit    {report.fraction:.0%} of the {report.limit}'s {report.limit_bytes_per_second / 1e9:.2f} GB/s")
     say(f"memory   peak {format_bytes(report.peak_memory_bytes)}{budget}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.checkpoint import LayerBlob
 from offload.command import format_bytes
-from offload.copy_queue import CopyQueue, Kept
+from offload.copy_queue import CopyLog, CopyQueue, Kept
 from offload.device import Device, Fence
 from offload.errors import ResourceError
 from offload.kv_shelf import Chunk
@@ -65,14 +65,17 @@ class FileStore:
 
 
 class HostStore:
-    """Pinned host memory, for attention on a device; chunks are copied there and back in the stream of the copies."""
+    """Pinned host memory, for attention on a device; chunks are copied there and back in the stream of the copies.
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    copies, copies_back: where those to the device and those out of it are noted.
+    """
+
+    def __init__(self, device: Device, copies: CopyLog, copies_back: CopyLog) -> None:
+        self._device, self._copies_back = device, copies_back
         self._places: list[Memory] = []
         self._spare: list[int] = []
         self._blobs: dict[str, tuple[Kept, int]] = {}
-        self.queue = CopyQueue(device, self._blobs, None)
+        self.queue = CopyQueue(device, self._blobs, None, copies)
         self._registered: list[Arena] = []
         self._allocated: list[Tensor] = []
         finalize(self, _free, device, self._registered, self._allocated)
@@ -93,9 +96,11 @@ class HostStore:
                 self._grow(nbytes, together)
         place = self._spare.pop()
         self._device.copies_wait(self._device.mark_compute())
-        self._device.copy_back(self._places[place].bytes[:nbytes], chunk.memory.bytes)
-        chunk.free = self._device.mark_copies()
-        return LayerBlob(Path(), self._name(place), place, nbytes, {}, {})
+        blob = LayerBlob(Path(), self._name(place), place, nbytes, {}, {})
+        with self._copies_back.copying(blob):
+            self._device.copy_back(self._places[place].bytes[:nbytes], chunk.memory.bytes)
+            chunk.free = self._device.mark_copies()
+        return blob
 
     def drop(self, blob: LayerBlob) -> None:
         """Let others take its place; copies are made one after the other."""

@@ -39,7 +39,7 @@ class Limit:
     """A link, what of the weights a token takes over it, and how fast it is while nothing else runs.
 
     link: "bus" is between the host's memory and a device's. bytes_per_token: from disk, what is planned, of which
-    experts may take another share.
+    experts may take another share; across the bus, with the keys and values that were counted.
     """
 
     link: Link
@@ -52,9 +52,9 @@ class Limit:
         return self.bytes_per_token / self.bytes_per_second
 
 
-def measure_limit(executor: Executor, disk_bytes_per_token: int | None = None) -> Limit:
+def measure_limit(executor: Executor, disk_bytes_per_token: int | None = None, cache_bytes_per_token: int = 0) -> Limit:
     """Return which link bounds decoding, as `measure_links` finds it."""
-    return bounding(measure_links(executor, disk_bytes_per_token))
+    return bounding(measure_links(executor, disk_bytes_per_token, cache_bytes_per_token))
 
 
 def bounding(links: Sequence[Limit]) -> Limit:
@@ -62,19 +62,25 @@ def bounding(links: Sequence[Limit]) -> Limit:
     return max(links, key=lambda link: link.seconds_per_token)
 
 
-def measure_links(executor: Executor, disk_bytes_per_token: int | None = None) -> tuple[Limit, ...]:
-    """Measure every link that weights take for a token, in under two seconds.
+def measure_links(
+    executor: Executor, disk_bytes_per_token: int | None = None, cache_bytes_per_token: int = 0
+) -> tuple[Limit, ...]:
+    """Measure every link that weights take for a token, in under two seconds, and the bus if keys and values take it.
 
-    disk_bytes_per_token: as counted, None for what is planned. Not while the model runs: what was read ahead is
-    forgotten.
+    disk_bytes_per_token: as counted, None for what is planned. cache_bytes_per_token: of keys and values across the
+    bus, as counted. Not while the model runs: what was read ahead is forgotten.
     """
     side = executor.device_side
     _rest(executor)
     found: list[Limit] = []
     for link, nbytes in bytes_by_link(executor).items():
         taken = disk_bytes_per_token if link == "disk" and disk_bytes_per_token is not None else nbytes
-        if not taken:
+        if link == "bus" and side is not None and executor.kv_bytes is not None:
+            taken += cache_bytes_per_token  # how many bytes it will be, a context that grows decides
+        elif not taken:
             continue
+        elif link == "memory":
+            taken += cache_bytes_per_token
         if link == "disk":
             rate = _disk_rate(executor)
         elif link == "memory":
@@ -134,9 +140,11 @@ def _disk_rate(executor: Executor) -> float:
 def _copy_rate(side: DeviceSide) -> float:
     """Return the bytes a second of copies one behind the other: out of pinned memory, or around it if none is given.
 
-    They go where layers are copied to, so that nothing is asked of a device that may be full.
+    They go where layers are copied to, so that nothing is asked of a device that may be full; where all layers stay,
+    they come out of one of them.
     """
-    assert side.spare is not None, "what crosses the bus has somewhere to go"
+    if side.spare is None:
+        return _copy_back_rate(side)
     device = side.device
     target = side.spare.bytes[:_COPY_BYTES]
     arena = Arena(target.nbytes)
@@ -144,20 +152,33 @@ def _copy_rate(side: DeviceSide) -> float:
     arena.pinned = device.pin(arena)
     bounce = None if arena.pinned else Bounce(device)
     copy = device.copy if bounce is None else bounce.copy
-
-    def copies() -> None:
-        for _ in range(_COPIES):
-            copy(target, arena.bytes[: target.nbytes])
-        device.mark_copies().synchronize()
-
     try:
-        return _COPIES * target.nbytes / _fastest_seconds(copies)
+        return _copied_per_second(device, lambda: copy(target, arena.bytes[: target.nbytes]), target.nbytes)
     finally:
         device.settle()
         if arena.pinned:
             device.unpin(arena)
         if bounce is not None:
             bounce.close()
+
+
+def _copy_back_rate(side: DeviceSide) -> float:
+    device, source = side.device, max(side.memory, key=lambda memory: memory.nbytes)[:_COPY_BYTES]
+    target = device.allocate_pinned(source.nbytes)
+    try:
+        return _copied_per_second(device, lambda: device.copy_back(target, source), source.nbytes)
+    finally:
+        device.settle()
+        device.free_pinned(target)
+
+
+def _copied_per_second(device: Device, copy: Callable[[], None], nbytes: int) -> float:
+    def copies() -> None:
+        for _ in range(_COPIES):
+            copy()
+        device.mark_copies().synchronize()
+
+    return _COPIES * nbytes / _fastest_seconds(copies)
 
 
 def _host_pieces(executor: Executor) -> list[Tensor]:

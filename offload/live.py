@@ -88,11 +88,12 @@ class Meter:
 
     def __init__(self, line: StatusLine, links: Sequence[Limit], executor: Executor) -> None:
         self._line, self._links, self._executor = line, links, executor
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_TOKENS)
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW_TOKENS)
 
     def __call__(self, clock: Clock) -> None:
         """Show the line; what a `Clock` calls after a token."""
-        self._recent.append((clock.times[-1], self._executor.stats.bytes_read))
+        stats = self._executor.stats
+        self._recent.append((clock.times[-1], stats.bytes_read, stats.cache_bytes_copied))
         seconds = self._recent[-1][0] - self._recent[0][0]
         if seconds:
             self._line.show(self.describe(len(clock.times), (len(self._recent) - 1) / seconds))
@@ -100,13 +101,20 @@ class Meter:
     def describe(self, tokens: int, tokens_per_second: float) -> str:
         """Return the line for one sequence at so many tokens a second."""
         links, disk = list(self._links), ""
+        read, copied = self._per_pass(1), self._per_pass(2)
         for at, link in enumerate(links):
             if link.link == "disk":
-                passes = max(1, len(self._recent) - 1)
-                read = (self._recent[-1][1] - self._recent[0][1]) // passes if self._recent else 0
                 links[at], disk = replace(link, bytes_per_token=read), f", {format_bytes(read)} from disk"
+            elif link.link in ("bus", "memory"):
+                links[at] = replace(link, bytes_per_token=link.bytes_per_token + copied)
+        cache = f", {format_bytes(copied)} of keys and values copied" if copied else ""
         limit, weights = bounding(links), self._executor.bytes_per_token
         return (
-            f"{tokens} tokens  {tokens_per_second:.1f}/s  {format_bytes(weights)} a token{disk}  "
+            f"{tokens} tokens  {tokens_per_second:.1f}/s  {format_bytes(weights)} a token{disk}{cache}  "
             f"{limit.seconds_per_token * tokens_per_second:.0%} of {limit.link}"
         )
+
+    def _per_pass(self, counter: int) -> int:
+        """Return what one of the counters has grown by for each of the last tokens."""
+        passes = max(1, len(self._recent) - 1)
+        return int(self._recent[-1][counter] - self._recent[0][counter]) // passes if self._recent else 0

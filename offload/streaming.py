@@ -37,12 +37,16 @@ from offload.units import Units, without
 
 @dataclass(frozen=True, slots=True)
 class StreamingStats:
-    """What has been read from disk since the model was loaded."""
+    """What has been read from disk since the model was loaded.
+
+    cache_bytes_copied: keys and values between host memory and a device, in both directions.
+    """
 
     bytes_read: int
     layer_reads: int
     wait_seconds: float
     direct: bool
+    cache_bytes_copied: int = 0
 
 
 class Executor:
@@ -131,12 +135,14 @@ class Executor:
     @property
     def stats(self) -> StreamingStats:
         """Counters since loading."""
-        earlier, copies = self._earlier, None if self.device_side is None else self.device_side.copies
+        earlier, side = self._earlier, self.device_side
+        copies = None if side is None else side.copies
         return StreamingStats(
             earlier.bytes_read + (0 if self.queue is None else self.queue.bytes_read),
             earlier.layer_reads + (0 if self.queue is None else self.queue.reads),
             earlier.wait_seconds + sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
             self.reader.direct,
+            0 if side is None else side.cache_copies.copied_bytes + side.cache_copies_back.copied_bytes,
         )
 
     @property

@@ -19,8 +19,8 @@ from offload.device import Stamp
 from offload.errors import ResourceError
 from offload.streaming import Executor
 
-_COMPUTE, _READ, _COPY = 1, 2, 3
-_LINES = {_COMPUTE: "compute", _READ: "disk", _COPY: "copies to the device"}
+_COMPUTE, _READ, _COPY, _COPY_BACK = 1, 2, 3, 4
+_LINES = {_COMPUTE: "compute", _READ: "disk", _COPY: "copies to the device", _COPY_BACK: "copies from the device"}
 _HEAD = "head"
 
 Moment = float | Stamp
@@ -37,7 +37,10 @@ class _Event:
 
 
 class Trace:
-    """Notes every pass through a decoder layer or the head, every read of a layer and every copy, until closed."""
+    """Notes every pass through a decoder layer or the head, every read of a layer and every copy, until closed.
+
+    Copies are those of layers to a device, and of keys and values there and back, under names of their own.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self._device = None if executor.device_side is None else executor.device_side.device
@@ -52,7 +55,7 @@ class Trace:
         ]:
             self._handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
             self._handles.append(module.register_forward_hook(partial(self._leave, name)))
-        self._listen(partial(self._moved, _READ), partial(self._moved, _COPY))
+        self._listen(*(partial(self._moved, line) for line in (_READ, _COPY, _COPY_BACK)))
         if self._device is not None:
             self._device.settle()
         self._began = time.perf_counter()
@@ -73,16 +76,17 @@ class Trace:
 
     def close(self) -> None:
         """Note nothing more."""
-        self._listen(None, None)
+        self._listen(None, None, None)
         while self._handles:
             self._handles.pop().remove()
 
-    def _listen(self, on_read: Any, on_copy: Any) -> None:
-        executor = self._executor
+    def _listen(self, on_read: Any, on_copy: Any, on_copy_back: Any) -> None:
+        executor, side = self._executor, self._executor.device_side
         if executor.queue is not None:
             executor.queue.on_read = on_read
-        if executor.device_side is not None and executor.device_side.copies is not None:
-            executor.device_side.copies.on_copy = on_copy
+        if side is not None:
+            side.layer_copies.on_copy = side.cache_copies.on_copy = on_copy
+            side.cache_copies_back.on_copy = on_copy_back
 
     def busy(self, line: int) -> float | None:
         """Return the share of decoding, all after the first pass, in which something happened on a line.
@@ -107,7 +111,7 @@ class Trace:
 
     def describe_links(self) -> str:
         """Return how busy the links were while tokens were decoded, in words."""
-        used = [line for line in (_READ, _COPY) if any(event.line == line for event in self._events)]
+        used = [line for line in (_READ, _COPY, _COPY_BACK) if any(event.line == line for event in self._events)]
         shares = [(line, self.busy(line)) for line in used]
         parts = [f"{_LINES[line]} busy {share:.0%} of decoding" for line, share in shares if share is not None]
         return ", ".join(parts) or "no weights moved"

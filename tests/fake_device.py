@@ -125,7 +125,7 @@ class FakeDevice:
         del self.pinned[arena.bytes.data_ptr()]
 
     def allocate_pinned(self, nbytes: int) -> Tensor:
-        memory = Arena(nbytes).bytes.fill_(0xFF)
+        memory = Arena(nbytes).bytes[:nbytes].fill_(0xFF)
         self.buffers_bytes += nbytes
         self.pinned[memory.data_ptr()] = Region(memory)
         return memory

@@ -129,7 +129,7 @@ def test_the_meter_tells_rate_bytes_and_share_of_the_link(monkeypatch: pytest.Mo
     err = Terminal()
     monkeypatch.setattr("sys.stderr", err)
     clock = Clock()
-    model: Any = SimpleNamespace(bytes_per_token=80, stats=SimpleNamespace(bytes_read=0))
+    model: Any = SimpleNamespace(bytes_per_token=80, stats=SimpleNamespace(bytes_read=0, cache_bytes_copied=0))
     meter = Meter(StatusLine(), [Limit("disk", 1000.0, 50), Limit("memory", 1e6, 80)], model)
     for second in (1.0, 1.5, 2.0):
         clock.times.append(second)
@@ -141,6 +141,18 @@ def test_the_meter_tells_rate_bytes_and_share_of_the_link(monkeypatch: pytest.Mo
     assert slow_memory.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token, 0 B from disk  80% of memory"
     in_memory = Meter(StatusLine(), [Limit("memory", 1000.0, 80)], model)
     assert in_memory.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token  80% of memory"
+
+
+def test_the_meter_counts_keys_and_values_that_cross_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Terminal())
+    clock, stats = Clock(), SimpleNamespace(bytes_read=0, cache_bytes_copied=0)
+    model: Any = SimpleNamespace(bytes_per_token=80, stats=stats)
+    meter = Meter(StatusLine(), [Limit("bus", 1000.0, 30), Limit("device memory", 1e6, 80)], model)
+    for second in (1.0, 2.0, 3.0):
+        clock.times.append(second)
+        meter(clock)
+        stats.cache_bytes_copied += 20
+    assert meter.describe(7, 10.0) == "7 tokens  10.0/s  80 B a token, 20 B of keys and values copied  50% of bus"
 
 
 def test_the_line_is_silent_where_there_is_no_terminal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,16 @@ from transformers import Cache, PreTrainedModel
 
 from kernels.attention import CHUNK_TOKENS
 from kernels.kv_block import BlockShape
+from offload import generate as command
+from offload import limit as limit_module
 from offload.cache import Int8Layer
 from offload.errors import ResourceError
 from offload.executor import executor_of, load, new_cache
 from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, SPARE, share_out
+from offload.limit import bounding, bytes_by_link, measure_links
 from offload.memory import whole_pages
 from offload.shelved_layer import ShelvedLayer
+from offload.trace import Trace
 
 pytestmark = pytest.mark.timeout(120)
 LAYERS = 3
@@ -276,3 +280,82 @@ def test_a_device_that_may_be_used_takes_keys_and_values_too(
         model = load(checkpoint, device_map="auto", cache_implementation="offloaded", kv="int8", context_tokens=5000)
         assert torch.equal(logits(model, new_cache(model), *TEXT), expected)
         assert device.copied_back_bytes
+
+
+@pytest.mark.parametrize("name", ["resident", "staged, 2 slots", "disk and memory into staged", "host"])
+def test_copies_of_keys_and_values_are_in_the_trace_and_counted(
+    name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(monkeypatch, checkpoint, name, False, kv="int8", kv_memory=0) as (model, device):
+        executor, trace = executor_of(model), Trace(executor_of(model))
+        device.copies, device.waited_in = 0, []
+        logits(model, new_cache(model), *TEXT)
+        copies, back_bytes = device.copies, device.copied_back_bytes
+        assert "MainThread" not in device.waited_in
+        described = trace.describe_links()
+        trace.write(tmp_path / "trace.json")
+        counted = executor.stats.cache_bytes_copied
+        trace.close()
+        assert executor.device_side is not None
+        assert executor.device_side.cache_copies.on_copy is executor.device_side.cache_copies_back.on_copy is None
+    events = [event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    of_cache = [event for event in events if event["name"].startswith("keys and values ")]
+    there, back = ([event["args"]["bytes"] for event in of_cache if event["tid"] == line] for line in (3, 4))
+    assert sum(back) == back_bytes > 0
+    assert len(there) + len([event for event in events if event["tid"] == 3 and event not in of_cache]) == copies
+    assert sum(there) + sum(back) == counted
+    assert there
+    assert "copies to the device busy" in described
+    assert "copies from the device busy" in described
+
+
+@pytest.mark.parametrize("name", ["resident", "staged, 2 slots", "mapped and disk into mapped"])
+def test_keys_and_values_count_in_the_share_of_the_bus(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for measured in ("_disk_rate", "_copy_rate", "_memory_rate", "_device_rate"):
+        monkeypatch.setattr(limit_module, measured, lambda *_: 1e9)
+    with on_device(monkeypatch, checkpoint, name, 0) as (model, _):
+        executor = executor_of(model)
+        planned = bytes_by_link(executor)
+        for cache_bytes in (0, 1 << 30):
+            found = {link.link: link.bytes_per_token for link in measure_links(executor, None, cache_bytes)}
+            crossing = {"bus", "memory"} if planned["memory"] else {"bus"}
+            expected_bytes = {link: nbytes for link, nbytes in planned.items() if nbytes or link in crossing}
+            assert found == {link: n + (cache_bytes if link in crossing else 0) for link, n in expected_bytes.items()}
+        assert bounding(measure_links(executor, None, 1 << 30)).link == "bus"
+    with placed(monkeypatch, checkpoint, "resident", kv="int8") as (model, _):
+        assert [link.link for link in measure_links(executor_of(model))] == ["device memory"]
+
+
+def test_the_bus_is_measured_on_a_full_device_where_all_layers_stay(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tokens(9)
+    with on_device(monkeypatch, checkpoint, "resident", 0) as (model, device):
+        whole = logits(model, new_cache(model), text)
+        device.limit, pinned = device.held_bytes, len(device.pinned)
+        rates = {link.link: link.bytes_per_second for link in measure_links(executor_of(model))}
+        assert rates["bus"] > 0
+        assert len(device.pinned) == pinned
+        device.limit = None
+        assert torch.equal(logits(model, new_cache(model), text), whole)
+
+
+def test_the_command_tells_what_was_copied(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "The quick brown fox jumps over the lazy dog. " * 60
+    flags = ["--model", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "4", "--n-gpu-layers", "-1"]
+    flags += ["--kv", "int8", "--kv-memory", "0"]
+    for measured, rate in (("_copy_rate", 1e3), ("_device_rate", 1e9)):
+        monkeypatch.setattr(limit_module, measured, lambda *_, rate=rate: rate)
+    with fake_gpu(monkeypatch):
+        assert command.main([*flags, "--json"]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["cache_bytes_per_token"] > 0
+        assert (report["limit"], report["limit_bytes_per_second"]) == ("bus", 1e3)
+        expected_share = report["cache_bytes_per_token"] / 1e3 * report["decode_tokens_per_second"]
+        assert report["fraction"] == pytest.approx(expected_share)
+        assert command.main(flags) == 0
+        assert "of keys and values copied per token" in capfd.readouterr().err

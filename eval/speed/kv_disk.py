@@ -22,6 +22,7 @@ from eval.speed.report import Rows
 from kernels.kv_block import BlockShape
 from offload.cache import Int8Layer, int8_attention
 from offload.command import Progress, format_bytes
+from offload.copy_queue import CopyLog
 from offload.device import Device, find_device
 from offload.errors import UsageError
 from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, SPARE, Shelf, Store
@@ -132,7 +133,7 @@ class Bus:
 
     def __init__(self, device: Device) -> None:
         self._device, self.device = device, device.torch_device
-        self.store: Store = HostStore(device)
+        self.store: Store = HostStore(device, CopyLog(device), CopyLog(device))
 
     def rate(self, shelf: Shelf) -> float:
         """Return the bytes a second of copies one behind the other, while nothing else runs."""
