@@ -1,10 +1,12 @@
 """What the executor needs of a device beside the host: memory, one stream that copies to it, and fences between.
 
 Everything that is computed is queued in the stream that the caller computes in; copies are queued in a stream of their
-own. Nothing here waits for the device but `Fence.synchronize`, which the token loop never calls.
+own. Nothing here waits for the device but `Fence.synchronize`, which the token loop never calls, and what `read_later`
+returns, which it calls when the device has come there.
 """
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, Protocol
@@ -86,6 +88,12 @@ class Device(Protocol):
 
     def compute_waits(self, fence: Fence) -> None:
         """Let what the caller queues from now on begin behind a fence."""
+
+    def read_later(self, value: Tensor) -> Callable[[], bool]:
+        """Queue bringing a truth value to the host, bool [], behind what computes it.
+
+        Returns what tells it, which waits if it is called before the device has come there.
+        """
 
     def settle(self) -> None:
         """Wait for all that is queued, and let memory that was given back be the device's again."""
@@ -217,6 +225,21 @@ class CudaDevice:
         """Let what the caller queues from now on begin behind a fence."""
         assert isinstance(fence, CudaFence), "fences of one device"
         torch.cuda.current_stream(self.torch_device).wait_event(fence.event)
+
+    def read_later(self, value: Tensor) -> Callable[[], bool]:
+        """Queue bringing a truth value to the host, bool [], behind what computes it.
+
+        Returns what tells it, which waits if it is called before the device has come there.
+        """
+        there = torch.empty((), dtype=torch.bool, pin_memory=True)
+        there.copy_(value, non_blocking=True)
+        fence = self.mark_compute()
+
+        def tell() -> bool:
+            fence.synchronize()
+            return bool(there)
+
+        return tell
 
     def settle(self) -> None:
         """Wait for all that is queued, and let memory that was given back be the device's again."""

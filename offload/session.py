@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
 from offload.executor import executor_of, load, new_cache
-from offload.finite import FiniteLogits
+from offload.finite import CheckedStreamer, FiniteLogits
 from offload.planning.costs import recall_costs
 from offload.planning.wishes import Wishes, WishWords
 from offload.sampling import Sampling
@@ -91,8 +91,6 @@ class Session:
         )
         self.executor: Executor = executor_of(self.model)
         placement = self.executor.placement
-        names = [blob.module for blob in self.executor.blobs]
-        self._finite = FiniteLogits(self.model, dict(zip(names, self.executor.layers, strict=True)))
         self.predicted_tokens_per_second = None if costs is None else 1 / placement.seconds(costs)
 
     def close(self) -> None:
@@ -122,14 +120,21 @@ class Session:
             more["past_key_values"] = cache
         cached = 0 if cache is None else cache.get_seq_length()
         prompt = torch.tensor([list(tokens)], device=self.executor.device)
+        finite = self._finite_logits()
         output = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
-            streamer=streamer,
+            streamer=None if streamer is None else CheckedStreamer(streamer, finite),
             prefill_chunk_size=PREFILL_CHUNK_TOKENS if len(tokens) - cached > PREFILL_CHUNK_TOKENS else None,
-            **sampling.arguments(self._finite),
+            **sampling.arguments(finite),
             **more,
         )
         found: list[int] = output[0, len(tokens) :].tolist()
+        finite.check()
         return found
+
+    def _finite_logits(self) -> FiniteLogits:
+        names, side = [blob.module for blob in self.executor.blobs], self.executor.device_side
+        layers = dict(zip(names, self.executor.layers, strict=True))
+        return FiniteLogits(self.model, layers, None if side is None else side.device)

@@ -9,7 +9,7 @@ import ctypes
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class FakeDevice:
         self.fail_at, self.unpinned, self.eager, self.most_mapped = fail_at, unpinned, eager, most_mapped
         self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
         self.lock = threading.RLock()
-        self.allocations = self.copies = self.copied_back_bytes = self.pins = self.stamps = 0
+        self.allocations = self.copies = self.copied_back_bytes = self.pins = self.stamps = self.read_laters = 0
         self.held_bytes = self.peak_bytes = self.buffers_bytes = 0
         self.fused_batch = 64
         self.limit: int | None = None
@@ -191,6 +191,23 @@ class FakeDevice:
             self.run_copies(fence.clock.get("copy", 0))
             join(self.clock_of("compute"), fence.clock)
 
+    def read_later(self, value: Tensor) -> Callable[[], bool]:
+        self.read_laters += 1
+        fence, held = self.mark_compute(), value.clone()
+
+        def tell() -> bool:
+            reached = self.clock_of(threading.current_thread().name).get("compute", 0)
+            if reached < fence.clock.get("compute", 0):
+                fence.synchronize()
+            return bool(held)
+
+        return tell
+
+    def read_back(self) -> None:
+        """Let this thread have waited for all that is queued to be computed, as reading a result back does."""
+        with self.lock:
+            join(self.clock_of(threading.current_thread().name), self.clock_of("compute"))
+
     def settle(self) -> None:
         with self.lock:
             self.run_copies(1 << 60)
@@ -270,6 +287,22 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watch_reads(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
+    """Tell a device of tensors that are read back to the host, as generate() does with every token."""
+
+    def watch(name: str) -> None:
+        read = getattr(Tensor, name)
+
+        def watched(tensor: Tensor, *more: Any) -> Any:
+            device.read_back()
+            return read(tensor, *more)
+
+        monkeypatch.setattr(Tensor, name, watched)
+
+    watch("cpu")
+    watch("tolist")
 
 
 def _watch_cache(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
