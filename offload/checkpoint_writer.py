@@ -32,11 +32,13 @@ from offload.checkpoint import (
     Recipe,
     read_header,
 )
+from offload.durable_file import write_durably, write_pieces
 from offload.errors import BusyError, CheckpointError, ResourceError, UsageError
 from offload.files import read_json, reading
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TENSOR_ALIGNMENT = 64
+_PIECE_BYTES = 1 << 20  # which the caches hold from the checksum to the copy that is written
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
 _LOCK = ".lock"
 
@@ -164,9 +166,20 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     padded = encoded.ljust(-(-(8 + len(encoded)) // PAYLOAD_ALIGNMENT) * PAYLOAD_ALIGNMENT - 8)
-    payload = [tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data for name in order]
-    write_durably(path, len(padded).to_bytes(8, "little"), padded, *payload)
-    return {name: xxhash.xxh3_64_hexdigest(data) for name, data in zip(order, payload, strict=True)}
+    digests = {name: xxhash.xxh3_64() for name in order}
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield len(padded).to_bytes(8, "little")
+        yield padded
+        for name in order:
+            data = tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data
+            for start in range(0, data.nbytes, _PIECE_BYTES):
+                piece = data[start : start + _PIECE_BYTES]
+                digests[name].update(piece)
+                yield piece
+
+    write_pieces(path, pieces(), 8 + len(padded) + offset)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _placement_key(name: str, tensor: Tensor) -> tuple[bool, int, str, int, str]:
@@ -174,41 +187,6 @@ def _placement_key(name: str, tensor: Tensor) -> tuple[bool, int, str, int, str]
         return True, -tensor.element_size(), "", -tensor.nbytes, name
     expert = _EXPERT.match(name)
     return False, 0, expert[0] if expert else "", -tensor.nbytes, name
-
-
-def write_durably(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that after any crash it is whole or absent. Raises ResourceError, leaving no temporary file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                while view:
-                    view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        needed = sum(memoryview(part).nbytes for part in parts)
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}); {needed} bytes needed, {free} free. "
-            "What is finished is kept: run the same command again to resume"
-        ) from None
-
-
-def sync_directory(directory: Path) -> None:
-    """Let the names in a directory outlive a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _take_lock(directory: Path) -> int:

@@ -15,7 +15,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from offload.checkpoint import MANIFEST_NAME, Checkpoint
-from offload.checkpoint_writer import write_durably, write_safetensors
+from offload.checkpoint_writer import write_safetensors
+from offload.durable_file import write_durably
 from offload.errors import CheckpointError
 from offload.files import check_regular, read_json
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from kernels.packed import PackedWeight
 from kernels.repack import to_awq, to_gptq
 from offload.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, LayerBlob, Recipe
-from offload.checkpoint_writer import write_durably, write_safetensors
+from offload.checkpoint_writer import write_safetensors
 from offload.command import Parser, Progress, format_bytes, run, say
 from offload.convert import opened
+from offload.durable_file import write_durably
 from offload.errors import InputError, ResourceError, UsageError
 from offload.files import read_json
 from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO

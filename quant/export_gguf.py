@@ -20,8 +20,8 @@ from transformers import PretrainedConfig
 from kernels.packed import PackedWeight
 from kernels.repack import to_ggml
 from offload.checkpoint import Checkpoint, Recipe, TensorSpec
-from offload.checkpoint_writer import sync_directory
 from offload.command import Progress
+from offload.durable_file import sync_directory
 from offload.errors import InputError, ResourceError, UsageError
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
 from offload.memory import FileReader

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from offload.checkpoint import Checkpoint, Recipe
-from offload.checkpoint_writer import open_writer, write_durably
+from offload.checkpoint_writer import open_writer
+from offload.durable_file import write_durably
 from offload.errors import BusyError, CheckpointError, ResourceError, UsageError
 
 ROOT = Path(__file__).parent.parent
