@@ -17,6 +17,7 @@ from kernels.packed import PackedWeight, codes_per_word, pack_zero, symmetric_ze
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _LOW_NIBBLES = 0x0F0F0F0F
+_MIDDLE_NIBBLES = 0x88888888 - (1 << 32)  # as int32
 
 
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, symmetric: bool) -> PackedWeight:
@@ -25,16 +26,23 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, symmetric: bool) -
     symmetric: store no zero points; raises ValueError if one is not the middle.
     """
     inputs, rows = qweight.shape[0], qweight.shape[1] * 8
-    groups = _groups(qzeros, scales, inputs, rows, rows // 8)
+    _groups(qzeros, scales, inputs, rows, rows // 8)
     if inputs % 2:
         raise ValueError(f"{inputs} inputs; expected an even number, two codes in a byte")
     codes = awq_codes_cpu(qweight)
     if codes is None:
         codes = awq_codes(qweight)
-    zero = torch.empty(rows, groups, dtype=torch.uint8)
+    if symmetric:
+        _check_middle(qzeros, _MIDDLE_NIBBLES, 4)
+    return _packed(codes, scales, None if symmetric else _awq_zero(qzeros), 4)
+
+
+def _awq_zero(qzeros: Tensor) -> Tensor:
+    """Return zero points int32 [N/8, K/G] of AWQ's qzeros: the nibbles of a word in order, words down the rows."""
+    ordered = torch.zeros_like(qzeros)
     for nibble, row in enumerate(_AWQ_ORDER):
-        zero[row::8] = (qzeros >> 4 * nibble & 15).t()
-    return _packed(codes, scales, zero, symmetric, 4)
+        ordered |= (qzeros >> 4 * nibble & 15) << 4 * row
+    return ordered.t().contiguous()
 
 
 def awq_codes(qweight: Tensor) -> Tensor:
@@ -77,7 +85,9 @@ def from_gptq(
     order = None if g_idx is None else _order(g_idx, inputs, groups)
     if order is not None:
         codes = _reordered(codes, order, bits)
-    return _packed(codes, scales, zero, symmetric, bits), order
+    if symmetric:
+        _check_middle(zero, symmetric_zero(bits), bits)
+    return _packed(codes, scales, None if symmetric else pack_zero(zero, bits), bits), order
 
 
 def _reordered(codes: Tensor, order: Tensor, bits: int) -> Tensor:
@@ -162,12 +172,15 @@ def _order(g_idx: Tensor, inputs: int, groups: int) -> Tensor | None:
     return None if torch.equal(order, torch.arange(inputs)) else order
 
 
-def _packed(codes: Tensor, scales: Tensor, zero: Tensor, symmetric: bool, bits: int) -> PackedWeight:
-    middle, groups = symmetric_zero(bits), scales.shape[0]
-    if symmetric and not (zero == middle).all():
-        raise ValueError(f"zero points other than {middle} in a weight that is said to be symmetric")
-    group_size = codes.shape[1] * 8 // bits // groups
-    return PackedWeight(codes, scales.t().contiguous(), None if symmetric else pack_zero(zero, bits), group_size, bits)
+def _check_middle(zero: Tensor, middle: int, bits: int) -> None:
+    """Raise ValueError unless zero points, one or more in an element, are all the middle of the codes."""
+    if not (zero == middle).all():
+        raise ValueError(f"zero points other than {symmetric_zero(bits)} in a weight that is said to be symmetric")
+
+
+def _packed(codes: Tensor, scales: Tensor, zero: Tensor | None, bits: int) -> PackedWeight:
+    group_size = codes.shape[1] * 8 // bits // scales.shape[0]
+    return PackedWeight(codes, scales.t().contiguous(), zero, group_size, bits)
 
 
 def from_ggml(blocks: Tensor, bits: int, minima: bool = False) -> PackedWeight:
