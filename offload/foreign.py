@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.packed import BITS, GROUP_SIZES, PackedWeight, codes_per_word
-from kernels.repack import from_awq, from_gptq
+from kernels.repack import from_awq, from_gptq, on_one_thread
 from offload.checkpoint import CONFIG_NAME, is_ours
 from offload.errors import CheckpointError, InputError
 from offload.files import read_json
@@ -93,6 +93,7 @@ class Foreign:
         return PackedWeight(packed.view(torch.uint8), scale, zero, inputs // scale.shape[1], self.bits), None
 
 
+@on_one_thread()
 def _scales(scale: Tensor) -> Tensor:
     """Return scales in a dtype that is kept here. Raises ValueError if one is not finite, or would be rounded."""
     if not scale.isfinite().all():

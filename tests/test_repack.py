@@ -41,6 +41,23 @@ def test_compiled_and_torch_relay_awq_alike(inputs: int, words: int, threads: in
         torch.set_num_threads(before)
 
 
+def test_small_tensors_are_turned_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda self: (seen.append(torch.get_num_threads()), contiguous(self))[1]
+    )
+    torch.set_num_threads(2)
+    try:
+        from_awq(**to_awq(random_grid(16, 64, 32, False)), symmetric=False)
+        assert seen[-2:] == [1, 1]  # zero points and scales; what comes before is the codes
+        with pytest.raises(ValueError, match="other than 8"):
+            from_awq(**to_awq(random_grid(16, 64, 32, False)), symmetric=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("first_version", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_order", [True, False])
