@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from offload.checkpoint import (
 from offload.durable_file import write_durably, write_pieces
 from offload.errors import BusyError, CheckpointError, ResourceError, UsageError
 from offload.files import read_json, reading
+from offload.source_weights import StoredTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TENSOR_ALIGNMENT = 64
@@ -68,7 +69,9 @@ class CheckpointWriter:
                 return None  # a damaged record or shard, or one that cannot be read, is as good as none
         return self._records.get(index)
 
-    def write_shard(self, index: int, module: str, tensors: dict[str, Tensor], report: dict[str, Any]) -> None:
+    def write_shard(
+        self, index: int, module: str, tensors: Mapping[str, Tensor | StoredTensor], report: dict[str, Any]
+    ) -> None:
         """Write shard `index` (0-based) durably, then its record. `report` is what the manifest says of the layer."""
         path = self.directory / self._shard_name(index)
         checksums = write_safetensors(path, tensors)
@@ -149,8 +152,10 @@ def open_writer(directory: Path, recipe: Recipe, num_shards: int, overwrite: boo
         os.close(lock)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> dict[str, str]:
     """Write a shard whose payload starts on a 4096-byte boundary; return the xxh3-64 of each tensor by name.
+
+    One that is still in a file of another checkpoint is copied from there, a piece in memory at a time.
 
     Tensors whose size keeps a 64-byte alignment come first, largest first, those of an expert together behind the
     others; the odd ones follow by falling item size, so that each starts on a multiple of its own. The format allows
@@ -172,9 +177,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
         yield len(padded).to_bytes(8, "little")
         yield padded
         for name in order:
-            data = tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data
-            for start in range(0, data.nbytes, _PIECE_BYTES):
-                piece = data[start : start + _PIECE_BYTES]
+            for piece in _pieces(tensors[name]):
                 digests[name].update(piece)
                 yield piece
 
@@ -182,9 +185,19 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _placement_key(name: str, tensor: Tensor) -> tuple[bool, int, str, int, str]:
+def _pieces(tensor: Tensor | StoredTensor) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in order."""
+    if isinstance(tensor, StoredTensor):
+        yield from tensor.pieces()
+        return
+    data: memoryview = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    for start in range(0, data.nbytes, _PIECE_BYTES):
+        yield data[start : start + _PIECE_BYTES]
+
+
+def _placement_key(name: str, tensor: Tensor | StoredTensor) -> tuple[bool, int, str, int, str]:
     if tensor.nbytes % _TENSOR_ALIGNMENT:
-        return True, -tensor.element_size(), "", -tensor.nbytes, name
+        return True, -tensor.dtype.itemsize, "", -tensor.nbytes, name
     expert = _EXPERT.match(name)
     return False, 0, expert[0] if expert else "", -tensor.nbytes, name
 

@@ -30,7 +30,7 @@ from offload.gguf_file import gguf_path
 from offload.layer_view import ORDER
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import cache_directory, files_around
-from offload.source_weights import SourceWeights
+from offload.source_weights import SourceWeights, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,9 @@ def clear() -> int:
 
 @torch.inference_mode()
 def convert(directory: Path, found: Foreign, output: Path, overwrite: bool = False) -> Checkpoint:
-    """Write a foreign checkpoint as one of ours; an interrupted run is resumed. One layer is in memory at a time.
+    """Write a foreign checkpoint as one of ours; an interrupted run is resumed.
 
+    The linears of one layer are in memory at a time, and of other tensors a piece.
     Raises CheckpointError if its tensors are not those of the model, InputError if the model is of an unknown kind.
     """
     config = read_config(directory)
@@ -135,21 +136,21 @@ def convert(directory: Path, found: Foreign, output: Path, overwrite: bool = Fal
 
 
 class _Reader:
-    """Reads the tensors of a shard, those of packed linears re-laid."""
+    """Finds the tensors of a shard, those of packed linears re-laid, the others where they lie."""
 
     def __init__(self, source: SourceWeights, found: Foreign) -> None:
         self._source, self._found = source, found
 
-    def tensors(self, plain: Iterable[str], linears: Iterable[str]) -> dict[str, Tensor]:
+    def tensors(self, plain: Iterable[str], linears: Iterable[str]) -> dict[str, Tensor | StoredTensor]:
         """Return the tensors of some names, and of some linears."""
-        read = {name: self._source.read(name) for name in plain}
+        found: dict[str, Tensor | StoredTensor] = {name: self._source.stored_tensor(name) for name in plain}
         for module in linears:
             names = {part: f"{module}.{part}" for part in self._found.parts}
             given = {part: self._source.read(name) for part, name in names.items() if name in self._source.locations}
-            read |= self._found.repack(module, given)
+            found |= self._found.repack(module, given)
             if f"{module}.bias" in self._source.locations:
-                read[f"{module}.bias"] = self._source.read(f"{module}.bias")
-        return read
+                found[f"{module}.bias"] = self._source.stored_tensor(f"{module}.bias")
+        return found
 
     def reordered(self, linears: Iterable[str]) -> bool:
         """Whether the inputs of any linear are in another order than the model has them."""

@@ -32,7 +32,7 @@ def is_plain(directory: Path) -> bool:
 
 @torch.inference_mode()
 def convert_plain(directory: Path, identity: str, output: Path, overwrite: bool = False) -> Checkpoint:
-    """Write a plain model as a checkpoint; an interrupted run is resumed. One layer is in memory at a time.
+    """Write a plain model as a checkpoint; an interrupted run is resumed. A piece of a tensor is in memory at a time.
 
     identity: what changes with the files of the model. Raises CheckpointError if its tensors are not those of the
     model, InputError if the model is of an unknown kind.
@@ -51,7 +51,7 @@ def convert_plain(directory: Path, identity: str, output: Path, overwrite: bool 
         progress = Progress("re-laying, shard", len(shards))
         for index, (module, of_shard) in enumerate(shards):
             if writer.done(index) is None:
-                writer.write_shard(index, module, {name: source.read(name) for name in of_shard}, {})
+                writer.write_shard(index, module, {name: source.stored_tensor(name) for name in of_shard}, {})
             progress.advance()
         card = (
             f"# {directory.resolve().name}, re-laid\n\nThe same weights, a decoder layer a file; nothing was rounded.\n"

@@ -1,6 +1,7 @@
 """The weights in a directory of safetensors files, read a tensor at a time; the whole is never in memory."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
@@ -14,6 +15,7 @@ from offload.command import Progress
 from offload.errors import CheckpointError, InputError
 from offload.experts import fused_names
 from offload.files import read_json, reading
+from offload.memory import PAGE_BYTES, Arena, FileReader
 from offload.names import names_in_model
 
 _PIECE_BYTES = 8 << 20
@@ -26,6 +28,49 @@ class Location:
     path: Path
     payload_offset: int
     spec: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that stays in its file until it is copied out of it, a piece in memory at a time. name: for errors."""
+
+    name: str
+    location: Location
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the file."""
+        return self.location.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return self.location.spec.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.location.spec.nbytes
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield its bytes in order, read past the page cache; each piece lies in memory that the next is read into.
+
+        Raises CheckpointError if the file cannot be read or was cut.
+        """
+        start = self.location.payload_offset + self.location.spec.offset
+        page, end = start - start % PAGE_BYTES, start + self.nbytes
+        arena, reader = Arena(min(_PIECE_BYTES, end - page)), FileReader()
+        try:
+            while page < end:
+                count = min(arena.nbytes, end - page)
+                reader.read_into(self.location.path, page, count, arena.view(0, arena.nbytes))
+                skipped = max(start - page, 0)
+                yield arena.view(skipped, count - skipped)
+                page += count
+        except CheckpointError as error:
+            raise CheckpointError(f"tensor {self.name!r}: {error}") from None
+        finally:
+            reader.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +133,16 @@ class SourceWeights:
         """Bytes of all tensors."""
         return sum(location.spec.nbytes for location in self.locations.values())
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor, in the dtype of the file. Raises CheckpointError if it is absent or the file was cut."""
+    def stored_tensor(self, name: str) -> StoredTensor:
+        """Return one tensor as it lies in its file. Raises CheckpointError if it is absent."""
         location = self.locations.get(name)
         if location is None:
             raise CheckpointError(f"tensor {name!r} is missing from the model; it names {len(self.locations)} others")
+        return StoredTensor(name, location)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, in the dtype of the file. Raises CheckpointError if it is absent or the file was cut."""
+        location = self.stored_tensor(name).location
         return _read(name, location, 0, location.spec.nbytes).view(location.spec.shape)
 
     def read_as_float(self, name: str) -> Tensor:
