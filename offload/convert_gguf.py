@@ -15,6 +15,9 @@ from offload.errors import InputError
 from offload.gguf_file import GgufFile
 from offload.skeleton import build_skeleton, config_of, decoder_layers, outer_names
 
+_EDITION = 2
+"""Of what is made of a file; copies of edition 1 cut the text of some tokenizers otherwise than the file says."""
+
 
 @torch.inference_mode()
 def convert_gguf(path: Path, output: Path, overwrite: bool = False) -> Checkpoint:
@@ -43,6 +46,7 @@ def convert_gguf(path: Path, output: Path, overwrite: bool = False) -> Checkpoin
             return file.read_packed(module, place, bits[module], heads, symmetric)
         return {name: file.read_plain(place, heads)}
 
+    around = file.tokenizer_files() | {"README.md": _card(path)}
     with open_writer(output, _recipe(path, model, bits, symmetric), len(shards), overwrite) as writer:
         progress = Progress("re-laying, shard", len(shards))
         for index, (module, names) in enumerate(shards):
@@ -50,14 +54,14 @@ def convert_gguf(path: Path, output: Path, overwrite: bool = False) -> Checkpoin
                 tensors = {part: tensor for name in names for part, tensor in read(name).items()}
                 writer.write_shard(index, module, tensors, {})
             progress.advance()
-        writer.finish(config, file.tokenizer_files() | {"README.md": _card(path)})
+        writer.finish(config, around)
     return Checkpoint.open(output)
 
 
 def gguf_identity(path: Path) -> str:
-    """Return what changes with a file: its name, size and time."""
+    """Return what changes with a file, its name, size and time, and with what is made of it."""
     state = path.stat()
-    return xxhash.xxh3_64_hexdigest(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return xxhash.xxh3_64_hexdigest(f"{path.name} {state.st_size} {state.st_mtime_ns} {_EDITION}".encode())
 
 
 def _recipe(path: Path, model: nn.Module, bits: dict[str, int], symmetric: bool) -> Recipe:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from kernels.packed import pack_zero, symmetric_zero
 from kernels.repack import from_ggml
 from offload.errors import CheckpointError, InputError
+from offload.gguf_tokenizer import load_gguf_tokenizer
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
 from offload.source import files_around
 
@@ -68,13 +69,12 @@ class GgufFile:
         return values | {"dtype": "bfloat16"}
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Return the tokenizer and chat template as transformers stores them. Raises CheckpointError."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except Exception as error:
-            raise CheckpointError(f"{self.path}: tokenizer: {type(error).__name__}: {error}") from None
+        """Return the tokenizer and chat template as transformers stores them.
+
+        Raises CheckpointError, or InputError for one that cuts text in a way unknown here.
+        """
         with TemporaryDirectory() as directory:
-            tokenizer.save_pretrained(directory)
+            load_gguf_tokenizer(self.path).save_pretrained(directory)
             return files_around(Path(directory))
 
     def places(self, model: PreTrainedModel) -> dict[str, str]:

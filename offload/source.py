@@ -22,6 +22,9 @@ DEFAULT_OUTPUT = Path("checkpoints/SmolLM2-135M-Instruct-awq-int4-g64")
 """What `python -m quant.awq` writes without flags, and what the other commands read without flags."""
 
 _DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_EMBEDDED_NAME = f"{_DEFAULT_NAME}-digits"
+"""In the cache, where those named like the model alone have a tokenizer that did not cut digits apart."""
+
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
@@ -92,14 +95,14 @@ def _download(model: str) -> Path:
 
 def _embedded_model() -> Path:
     """Return the default model's directory, dequantising it there the first time; one process does, others wait."""
-    directory = cache_directory() / "models" / _DEFAULT_NAME
+    directory = cache_directory() / "models" / _EMBEDDED_NAME
     if directory.exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f".{_DEFAULT_NAME}.lock").open("w") as lock:
+    with (directory.parent / f".{_EMBEDDED_NAME}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not directory.exists():
-            temporary = directory.with_name(f".{_DEFAULT_NAME}.tmp")
+            temporary = directory.with_name(f".{_EMBEDDED_NAME}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             _dequantize_apart(_embedded_gguf(), temporary)
             temporary.rename(directory)
@@ -129,13 +132,15 @@ def _dequantize_apart(file: Path, directory: Path) -> None:
 
 def _dequantize_gguf(file: Path, directory: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from offload.gguf_tokenizer import load_gguf_tokenizer
 
     say(f"dequantising {file.name} to bf16, once, into {directory.parent}")
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+    load_gguf_tokenizer(file).save_pretrained(directory)
     for path in directory.iterdir():
         path.chmod(0o644)

