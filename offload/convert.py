@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor, nn
 
 import offload
+from offload.ahead import ahead
 from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, PLAIN, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, format_bytes, say
@@ -103,7 +104,7 @@ def clear() -> int:
 def convert(directory: Path, found: Foreign, output: Path, overwrite: bool = False) -> Checkpoint:
     """Write a foreign checkpoint as one of ours; an interrupted run is resumed.
 
-    The linears of one layer are in memory at a time, and of other tensors a piece.
+    The linears of two layers are in memory, one made while the other is written, and of other tensors a piece.
     Raises CheckpointError if its tensors are not those of the model, InputError if the model is of an unknown kind.
     """
     config = read_config(directory)
@@ -125,10 +126,11 @@ def convert(directory: Path, found: Foreign, output: Path, overwrite: bool = Fal
     reader = _Reader(source, found)
     recipe = _recipe(directory, found, model, packed, reader.reordered(packed))
     with open_writer(output, recipe, len(shards), overwrite) as writer:
-        progress = Progress("re-laying, shard", len(shards))
-        for index, (module, names, linears) in enumerate(shards):
-            if writer.done(index) is None:
-                writer.write_shard(index, module, reader.tensors(names, linears), {})
+        missing = [(index, shard) for index, shard in enumerate(shards) if writer.done(index) is None]
+        progress = Progress("re-laying, shard", len(missing))
+        made = ((index, module, reader.tensors(names, linears)) for index, (module, names, linears) in missing)
+        for index, module, tensors in ahead(made):
+            writer.write_shard(index, module, tensors, {})
             progress.advance()
         around = files_around(directory) | {"README.md": _card(directory, found, recipe)}
         writer.finish(read_json(directory / CONFIG_NAME), around)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from offload.ahead import ahead
 from offload.errors import ResourceError
 from offload.memory import PAGE_BYTES, Arena
 
@@ -25,15 +26,17 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) -> None:
-    """Write a file of `nbytes` as `write_durably` does, of pieces that are asked for one by one as it is written.
+    """Write a file of `nbytes` as `write_durably` does, of pieces that are asked for as it is written, some MiB ahead.
 
+    Of a large file they are asked for in another thread. A piece may be overwritten when the next is asked for.
     What `pieces` raises is raised on, and no temporary file is left of that either.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         descriptor = _create(temporary, direct=nbytes >= PAGE_BYTES)
         try:
-            for stage in _staged(pieces, nbytes):
+            stages = _staged(pieces, nbytes)
+            for stage in ahead(stages) if nbytes > _STAGE_BYTES else stages:
                 _write(descriptor, stage)
             os.fsync(descriptor)
         finally:
@@ -71,9 +74,12 @@ def _create(path: Path, direct: bool) -> int:
 
 
 def _staged(pieces: Iterable[bytes | memoryview], nbytes: int) -> Iterator[memoryview]:
-    """Yield pieces as whole pages in page-aligned memory, one stage after another; the last as long as it is."""
+    """Yield pieces as whole pages in page-aligned memory, one stage after another; the last as long as it is.
+
+    A stage is overwritten by the next but one.
+    """
     size = min(_STAGE_BYTES, max(nbytes, 1))
-    arena, filled = Arena(size), 0
+    arena, other, filled = Arena(size), Arena(size), 0
     for piece in pieces:
         view = memoryview(piece).cast("B")
         while view:
@@ -82,7 +88,7 @@ def _staged(pieces: Iterable[bytes | memoryview], nbytes: int) -> Iterator[memor
             view, filled = view[count:], filled + count
             if filled == arena.nbytes:
                 yield arena.view(0, filled)
-                filled = 0
+                arena, other, filled = other, arena, 0
     if filled:
         yield arena.view(0, filled)
 
