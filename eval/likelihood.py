@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.cache import KVCache
+from offload.cache import CACHE_NAME, KVCache
 from offload.command import Progress
 from offload.errors import InputError
 from offload.planning.wishes import KVFormat
@@ -108,7 +108,7 @@ def _predictor(model: PreTrainedModel, probe: Tensor, kv: KVFormat | None) -> Ca
         steps = range(_PREFILLED_TOKENS, len(window_T), _STEP_TOKENS) if cache is not None else ()
         for start, stop in pairwise((0, *steps, len(window_T))):
             part = window_T[None, start:stop]
-            out = (body if head_is_all else model)(part, use_cache=cache is not None, past_key_values=cache)
+            out = (body if head_is_all else model)(part, use_cache=cache is not None, **{CACHE_NAME: cache})
             found.append(out.last_hidden_state[0] if head_is_all else out.logits[0])
         return torch.cat(found)
 

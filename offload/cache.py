@@ -5,15 +5,17 @@ attention and the like stay transformers' own. `use_int8_attention` lets a model
 are; of a model without it, layers hand out what they hold in the model's dtype, which is right, and slow.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kernels.attention import append_tokens, attention
 from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock, KVBlocks, KVContext, dequantize_blocks, select_sequences
@@ -21,6 +23,17 @@ from offload.errors import CheckpointError, UsageError
 
 INT8_ATTENTION = "int8_kv"
 """What transformers knows the attention over int8 blocks by."""
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
+"""What models take and return their cache as; `past_key_values` before 5.24, which translates it with a warning."""
+
+_KEEPING_NOTHING = getattr(cache_utils, "DummyLayer", ())
+"""transformers' class of the layers of a cache that keep nothing; 5.17 has no such layers yet."""
+
+
+def keeps_nothing(layer: Any) -> bool:
+    """Return whether a layer of a transformers cache stands in for one without attention, or that shares another's."""
+    return isinstance(layer, _KEEPING_NOTHING)
 
 
 class Int8Layer(CacheLayerMixin):  # type: ignore[misc]

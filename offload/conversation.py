@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Cache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from offload.cache import Int8Layer
+from offload.cache import Int8Layer, keeps_nothing
 from offload.clock import Clock
 from offload.errors import InputError, ResourceError
 from offload.sampling import Sampling
@@ -148,7 +148,7 @@ def _complete_tokens(cache: Cache | None, interrupted: bool) -> int:
     An interrupted pass leaves the first layers with more than the last, and may leave one with a key but no value; what
     other kinds of layers it leaves half done cannot be told, so nothing of them is kept.
     """
-    layers = [] if cache is None else [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
+    layers = [] if cache is None else [layer for layer in cache.layers if not keeps_nothing(layer)]
     if interrupted and not all(_is_whole(layer) for layer in layers):
         return 0
     return min((int(layer.get_seq_length()) for layer in layers), default=0)
@@ -166,7 +166,7 @@ def _cut_back(cache: Cache, length: int) -> Cache | None:
     if length == 0:
         return None
     for layer in cache.layers:
-        surplus = 0 if isinstance(layer, DummyLayer) else int(layer.get_seq_length()) - length
+        surplus = 0 if keeps_nothing(layer) else int(layer.get_seq_length()) - length
         if surplus < 0 or (surplus and not layer.is_croppable):
             return None
         try:

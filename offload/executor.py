@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
-from offload.cache import KVCache, use_int8_attention
+from offload.cache import CACHE_NAME, KVCache, use_int8_attention
 from offload.checkpoint import Checkpoint
 from offload.convert import opened
 from offload.device import Device, find_device
@@ -167,7 +167,7 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     None for a model that keeps its past in another way than transformers' caches.
     """
     taken = inspect.signature(model.forward).parameters
-    if "past_key_values" not in taken or not model._supports_default_dynamic_cache():
+    if CACHE_NAME not in taken or not model._supports_default_dynamic_cache():
         return None
     executor = executor_of(model)
     if executor.kv is None:
@@ -187,9 +187,9 @@ def _generate_with_new_cache(model: PreTrainedModel) -> None:
     prepare = model._prepare_cache_for_generation
 
     def prepared(generation_config: GenerationConfig, model_kwargs: dict[str, Any], *more: Any, **options: Any) -> Any:
-        told = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        told = model_kwargs.get(CACHE_NAME) is not None or generation_config.cache_implementation is not None
         if not told and generation_config.use_cache is not False and (cache := new_cache(model)) is not None:
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE_NAME] = cache
         return prepare(generation_config, model_kwargs, *more, **options)
 
     model._prepare_cache_for_generation = prepared

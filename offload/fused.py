@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from kernels.attention import attention
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer, DecoderLayer, Projection
-from offload.cache import Int8Layer
+from offload.cache import CACHE_NAME, Int8Layer
 from offload.linear import PackedLinear
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class FusedLayer:
         if options.get("output_attentions") or torch.compiler.is_compiling():
             return None
         angles = options.get("position_embeddings")
-        layers = getattr(options.get("past_key_values"), "layers", ())
+        layers = getattr(options.get(CACHE_NAME), "layers", ())
         if angles is None or angles[0].dtype != hidden.dtype or self._index >= len(layers):
             return None
         cache: DynamicLayer | Int8Layer = layers[self._index]
@@ -221,7 +221,7 @@ def _run(fused: FusedLayer, hidden: Tensor, angles: tuple[Tensor, Tensor], past:
     cache, index = DynamicCache(), fused.layer.self_attn.layer_idx
     cache.update(past[0], past[1], index)
     out = fused.layer.forward(
-        hidden, attention_mask=None, position_embeddings=angles, past_key_values=cache, use_cache=True
+        hidden, attention_mask=None, position_embeddings=angles, use_cache=True, **{CACHE_NAME: cache}
     )
     entry = cache.layers[index]
     return out.float() - hidden.float(), entry.keys[0, :, -1].float(), entry.values[0, :, -1].float()

@@ -16,7 +16,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     rename_source_key,
 )
 
@@ -83,7 +82,7 @@ class _Tables:
         parts = self.fused.get(renamed, ())
         table = next(table for table in self.converters if pattern in table.source_patterns)
         operations = [(type(operation), operation.dim) for operation in table.operations]
-        number = re.search(pattern.replace("*", r"(\d+)"), apply_renamings(name, self.renamings))
+        number = re.search(pattern.replace("*", r"(\d+)"), rename_source_key(name, self.renamings, [])[0])
         if operations != (_STACKED, _STACKED_IN_TWO)[len(parts) - 1] or len(table.source_patterns) != len(parts):
             return None
         if number is None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload.cache import Int8Layer
+from offload.cache import Int8Layer, keeps_nothing
 from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.lent_layers import move_inputs
@@ -149,7 +149,7 @@ def _undo_of(cache: Cache | None) -> Callable[[], None] | None:
 
 
 def _undo_of_layer(layer: Any) -> Callable[[], None] | None:
-    if isinstance(layer, DummyLayer):
+    if keeps_nothing(layer):
         return lambda: None
     if type(layer) is DynamicSlidingWindowLayer:  # never writes into a tensor that it has handed out, but drops tokens
         return functools.partial(_put_back, layer, dict(vars(layer)))
@@ -165,7 +165,9 @@ def _put_back(layer: Any, state: dict[str, Any]) -> None:
 
 def _cut(layer: Any, tokens: int) -> None:
     """Leave the first tokens; an abandoned pass may have added a key without its value."""
-    if not tokens:
+    if not tokens and type(layer) is DynamicLayer:
+        layer.keys, layer.values, layer.is_initialized = None, None, False  # 5.17's `reset` keeps them, zeroed
+    elif not tokens:
         layer.reset()
     elif isinstance(layer, Int8Layer):
         layer.crop(tokens - layer.tokens)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from offload.cache import CACHE_NAME
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
 from offload.executor import executor_of, load, new_cache
@@ -117,7 +118,7 @@ class Session:
         Raises InputError where the model's logits are NaN or infinite.
         """
         if cache is not None:
-            more["past_key_values"] = cache
+            more[CACHE_NAME] = cache
         cached = 0 if cache is None else cache.get_seq_length()
         prompt = torch.tensor([list(tokens)], device=self.executor.device)
         finite = self._finite_logits()

@@ -171,6 +171,7 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
     """Return the logits of a prompt and of the tokens after it, and how many of the latter a second."""
     import torch
 
+    from offload.cache import CACHE_NAME
     from offload.executor import executor_of, load
     from offload.planning.arrangement import arranged
 
@@ -187,7 +188,7 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
             output = model(tokens[:, : options.prompt_tokens], use_cache=True)
             logits, started = [output.logits], time.perf_counter()
             for position in range(options.prompt_tokens, context):
-                output = model(tokens[:, position : position + 1], past_key_values=output.past_key_values)
+                output = model(tokens[:, position : position + 1], **{CACHE_NAME: output[CACHE_NAME]})
                 logits.append(output.logits)
             elapsed = time.perf_counter() - started
     finally:

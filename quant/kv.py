@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from offload.cache import CACHE_NAME
 from offload.checkpoint import Checkpoint
 from offload.command import Parser, Progress, run, say
 from offload.errors import InputError, UsageError
@@ -81,7 +82,7 @@ def listen(model: PreTrainedModel, windows: Tensor) -> dict[int, LayerKV]:
             _Listener(heard, index) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(cache.layers)
         ]
-        model.base_model(window[None], past_key_values=cache)
+        model.base_model(window[None], **{CACHE_NAME: cache})
         progress.advance()
     if not heard:
         raise InputError(f"{type(model).__name__}: no layer attends to its whole past: there is nothing to calibrate")

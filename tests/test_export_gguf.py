@@ -40,7 +40,10 @@ def model_of(kind: str, tiny_model: Path, directory: Path, **changes: Any) -> Pa
     """A random model of a kind, with the tokens of the tiny one."""
     shutil.copytree(tiny_model, directory)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["model"] |= {"merges": [["u", "i"]], "vocab": tokenizer["model"]["vocab"] | {"ui": 257}}
+    tokenizer["model"] |= {
+        "merges": [["u", "i"], ["i", "u"]],
+        "vocab": tokenizer["model"]["vocab"] | {"ui": 257, "iu": 258},
+    }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     sizes = {key: value for key, value in AutoConfig.from_pretrained(tiny_model).to_dict().items() if "_size" in key}
     config = AutoConfig.for_model(

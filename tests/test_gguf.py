@@ -33,7 +33,7 @@ def write_gguf(
 ) -> None:
     """Write a model of two layers, hidden 64, 4 query and 2 key heads, with the tokens of the tiny model."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "ab"]
+    vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "ab", "ba"]
     head_size = 128 if architecture == "qwen3" else 16  # transformers reads no other out of a Qwen3 file
     writer, random = gguf.GGUFWriter(path, architecture), np.random.default_rng(3)
     writer.add_block_count(2)
@@ -52,7 +52,7 @@ def write_gguf(
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types([3] + [1] * (len(vocabulary) - 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
 

@@ -143,6 +143,8 @@ def _accelerate(model: Path, cpu_memory: int | None, context_tokens: int) -> Eng
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+    from offload.cache import CACHE_NAME
+
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
     places = dict.fromkeys(("model.embed_tokens", "model.layers", "lm_head"), "disk")
@@ -156,7 +158,7 @@ def _accelerate(model: Path, cpu_memory: int | None, context_tokens: int) -> Eng
     def run(tokens: list[int], fresh: bool) -> int:
         if fresh:
             context[:] = [DynamicCache(config=loaded.config)]
-        return int(loaded(torch.tensor([tokens]), past_key_values=context[0], logits_to_keep=1).logits.argmax())
+        return int(loaded(torch.tensor([tokens]), logits_to_keep=1, **{CACHE_NAME: context[0]}).logits.argmax())
 
     return Engine(run, _memory)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from eval.speed.random_model import SHAPES, ModelShape, write_checkpoint
 from eval.speed.report import Rows
+from offload.cache import CACHE_NAME
 from offload.command import Progress, format_bytes, say
 from offload.errors import ToolkitError, UsageError
 from offload.executor import executor_of, load, new_cache
@@ -171,7 +172,7 @@ def _prompt(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
 
 def _next(model: PreTrainedModel, ids: Tensor, cache: Any) -> Tensor:
     """Return the likeliest next token of each sequence, int64 [B], on the host, where whoever generates needs it."""
-    logits = model(ids.to(executor_of(model).device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(ids.to(executor_of(model).device), use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
     likeliest: Tensor = logits[:, -1].argmax(dim=-1).cpu()
     return likeliest
 
@@ -224,7 +225,7 @@ def _decode_offloaded(shape: ModelShape) -> float:
     with torch.inference_mode():
         for _ in range(1 + _PEER_TOKENS):
             started = time.perf_counter()
-            ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=-1)[:, None]
+            ids = model(ids, logits_to_keep=1, **{CACHE_NAME: cache}).logits[:, -1].argmax(dim=-1)[:, None]
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
