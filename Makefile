@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEFAULT := checkpoints/SmolLM2-135M-Instruct
 
-.PHONY: setup demo test check slow
+.PHONY: setup demo test check compatibility slow
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m kernels.ahead_of_time
+
+compatibility: setup
+	.ci/compatibility
 
 slow: setup
 	$(BIN)/python -m pytest -q --run-slow -m slow

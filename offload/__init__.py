@@ -7,6 +7,7 @@ imported, so does transformers' `AutoModelForCausalLM.from_pretrained(CHECKPOINT
 from typing import Any
 
 from offload.auto import register
+from offload.namesake import claim
 
 __version__ = "0.1.0"
 
@@ -20,4 +21,5 @@ def __getattr__(name: str) -> Any:
     return load
 
 
+claim()
 register()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from offload.errors import ResourceError, ToolkitError, UsageError
+from offload.namesake import CURE, what_is_wrong
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -76,6 +77,8 @@ def _for_the_user(error: Exception) -> ToolkitError | None:
     """Return what the user can mend, None for a bug of ours. torch has no class of its own for memory of the host."""
     if isinstance(error, ToolkitError):
         return error
+    if isinstance(error, ImportError) and (wrong := what_is_wrong()) is not None:
+        return ResourceError(f"{wrong}, so transformers imports no model; {CURE}")
     refused = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if refused or "DefaultCPUAllocator: can't allocate memory" in str(error):
         return ResourceError(

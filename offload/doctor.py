@@ -15,10 +15,11 @@ from pathlib import Path
 
 from offload.command import Parser, format_bytes, run
 from offload.errors import CheckpointError, ResourceError
+from offload.namesake import CURE, installed_version, what_is_wrong
 
 _RANGES = {
     "torch": ((2, 11), (3,)),
-    "transformers": ((5, 17), (6,)),
+    "transformers": ((5, 17), (5, 25)),
     "accelerate": ((1, 10), (2,)),
     "safetensors": ((0, 6), (1,)),
     "numpy": ((2,), (3,)),
@@ -48,6 +49,7 @@ def examine(directory: Path) -> Iterator[Finding]:
     checks: tuple[Callable[[], Finding], ...] = (
         _python,
         *(lambda name=name: _package(name) for name in _RANGES),
+        _models,
         _processor,
         _kernels,
         _memory,
@@ -77,6 +79,25 @@ def _package(name: str) -> Finding:
         return Finding(name, found)
     wanted = f"{name}>={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
     return Finding(name, found, f"pip install '{wanted}': others were never tried")
+
+
+def _models() -> Finding:
+    """Import a model: transformers wants versions of its own, and Hugging Face's `kernels` where that is there."""
+    theirs, wrong = installed_version(), what_is_wrong()
+    beside = wrong or (f"Hugging Face's kernels {theirs} lies beside ours" if theirs else "")
+    try:
+        from transformers import LlamaForCausalLM  # noqa: F401
+    except ImportError as error:
+        cure = CURE if wrong else "pip install --upgrade transformers: it brings the versions that it asks for"
+        return Finding("models", f"transformers imports none: {beside or _root(error)}", cure)
+    return Finding("models", "transformers imports them" + (beside and f"; {beside}"), CURE if wrong else None)
+
+
+def _root(error: BaseException) -> str:
+    """Return the first line of what an error began with."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return str(error).strip().partition("\n")[0]
 
 
 def _processor() -> Finding:

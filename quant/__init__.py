@@ -1,1 +1,3 @@
 """Calibration: commands that turn a model into a quantized checkpoint, one layer at a time."""
+
+import offload  # noqa: F401  first, so that `kernels` is ours whatever else bears that name

@@ -1,7 +1,9 @@
 """offload.doctor: a line for everything, a cure for what is wrong, and a status that scripts can act on."""
 
 import json
+import re
 import shutil
+import sys
 import tomllib
 from collections import namedtuple
 from pathlib import Path
@@ -22,6 +24,7 @@ SUBJECTS = [
     "safetensors",
     "numpy",
     "xxhash",
+    "models",
     "processor",
     "cpu kernels",
 ]
@@ -62,6 +65,14 @@ def test_the_ranges_are_those_that_the_package_asks_for() -> None:
         assert asked[name] == f"{'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
 
 
+def test_both_ends_of_the_range_of_transformers_are_run() -> None:
+    script = (Path(__file__).parent.parent / ".ci" / "compatibility").read_text()
+    lowest, highest = (tuple(map(int, found.split(".")[:2])) for found in re.findall(r"transformers==([\d.]+)", script))
+    least, below = doctor._RANGES["transformers"]
+    assert lowest == least
+    assert (highest[0], highest[1] + 1) == below
+
+
 def broken(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
 
@@ -76,6 +87,8 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(doctor, "_RANGES", {name: doctor._RANGES[name]})
     elif name == "xxhash":
         monkeypatch.setitem(doctor._RANGES, "no-such-package", ((1,), (2,)))
+    elif name == "models":
+        monkeypatch.setitem(sys.modules, "transformers", None)
     elif name == "processor":
         monkeypatch.setattr("torch.get_num_threads", lambda: 4096)
     elif name == "cpu kernels":
@@ -94,8 +107,9 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "subject", "cure"),
     [
-        ("transformers", "transformers", "pip install 'transformers>=5.17,<6': others were never tried"),
+        ("transformers", "transformers", "pip install 'transformers>=5.17,<5.25': others were never tried"),
         ("xxhash", "no-such-package", "pip install no-such-package"),
+        ("models", "models", "pip install --upgrade transformers: it brings the versions that it asks for"),
         ("processor", "processor", "export OMP_NUM_THREADS="),
         ("cpu kernels", "cpu kernels", "install g++ 11 or newer"),
         ("disk", "disk", "free some space"),
