@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, words: WishWords) -> list[Score]:
 
     from offload.checkpoint import Checkpoint
     from offload.executor import executor_of, load
-    from offload.planning.placement import describe
+    from offload.planning.words import describe
     from offload.text import load_tokenizer
 
     model = load(

@@ -98,7 +98,7 @@ def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
     from offload.convert import opened
     from offload.limit import measure_links
     from offload.memory import trim_memory
-    from offload.planning.placement import describe
+    from offload.planning.words import describe
     from offload.sampling import Sampling
     from offload.session import Prompts, Session
 

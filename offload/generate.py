@@ -116,7 +116,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
 
     trim_memory()  # what the import of torch left, before that of transformers comes on top
     from offload.convert import opened
-    from offload.planning.placement import describe
+    from offload.planning.words import describe
     from offload.sampling import Sampling
     from offload.session import Prompts, Session
 

@@ -73,6 +73,8 @@ def _command(argv: list[str]) -> None:
         subject = _with_disk_as_it_is(subject, options.model)
     placement = subject.placed()
     prediction = predict(subject, placement)
+    if options.picture is not None:
+        _draw(options.picture, options.model.resolve().name, placement, prediction)
     if not options.json:
         print(_in_words(subject, placement, prediction, hypothetical), flush=True)
     confirmation = _confirmed(options, words, subject) if runs else None
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--remeasure", action="store_true", help="measure machine and model again instead of using what is cached")
     add("--machine", type=Path, metavar="FILE", help="plan for a machine of these figures instead of this one")
     add("--save-machine", type=Path, metavar="FILE", help="write this machine's figures")
+    add("--picture", type=Path, metavar="FILE.svg", help="draw where every layer lives and what fills the memory")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add_wish_flags(parser)
     return parser
@@ -231,7 +234,7 @@ def _confirmed(options: argparse.Namespace, words: WishWords, subject: "Subject"
 
 
 def _in_words(subject: "Subject", placement: "Placement", prediction: "Prediction", hypothetical: str | None) -> str:
-    from offload.planning.placement import describe
+    from offload.planning.words import describe
 
     machine = subject.machine
     lines = [f"hypothetical: a machine of {hypothetical}, not this one"] if hypothetical else []
@@ -258,6 +261,17 @@ def _in_words(subject: "Subject", placement: "Placement", prediction: "Predictio
         *(f"  {name}: {times:.1f}x" for name, times in prediction.help.items()),
     ]
     return "\n".join(lines)
+
+
+def _draw(path: Path, name: str, placement: "Placement", prediction: "Prediction") -> None:
+    """Write the picture. Raises ResourceError if that cannot be done."""
+    from offload.planning.picture import draw_plan
+
+    try:
+        path.write_text(draw_plan(name, placement, prediction), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"--picture {path}: cannot be written ({error.strerror})") from None
+    say(f"{path} written")
 
 
 def _rate(bytes_per_second: float) -> str:

@@ -98,7 +98,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     from offload.convert import opened
     from offload.limit import measure_links
     from offload.memory import trim_memory
-    from offload.planning.placement import describe
+    from offload.planning.words import describe
     from offload.rounds import Rounds
     from offload.serving.app import Service
     from offload.serving.metrics import Metrics

@@ -15,8 +15,9 @@ from offload.errors import ResourceError, UsageError
 from offload.executor import executor_of, load
 from offload.planning.choice import plan as real_plan
 from offload.planning.needs import Needs
-from offload.planning.placement import Placement, describe
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs
+from offload.planning.words import describe
 from offload.rounds import Rounds
 
 pytestmark = pytest.mark.timeout(120)

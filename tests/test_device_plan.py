@@ -17,8 +17,9 @@ from offload.executor import executor_of, load
 from offload.linear import PackedLinear
 from offload.memory import Arena
 from offload.planning import needs as needs_module
-from offload.planning import placement as placement_module
-from offload.planning.placement import Placement, describe, too_small
+from offload.planning import words as words_module
+from offload.planning.placement import Placement
+from offload.planning.words import describe, parts_in_memory, parts_on_device, too_small
 
 pytestmark = pytest.mark.timeout(120)
 PROMPT = torch.randint(1, 250, (1, 100), generator=torch.Generator().manual_seed(1))
@@ -165,16 +166,14 @@ def test_what_is_printed_and_refused_adds_up(name: str, tiny_checkpoint: Path, m
     assert "the largest weight dequantized, in prompts" in shown
     assert "a shard while it is converted" in shown
     assert "shards on their way to the GPU, beyond activations" in shown
+    assert sum(part.nbytes for part in parts_in_memory(placement)) == placement.expected_bytes
+    assert sum(part.nbytes for part in parts_on_device(placement)) == placement.device_bytes
     sums: list[tuple[int, int]] = []
     monkeypatch.setattr(
-        placement_module, "_sum", lambda lines, total, _: str(sums.append((sum(n for _, n in lines), total)))
-    )
-    describe(placement)
-    monkeypatch.setattr(
-        placement_module, "_refusal", lambda _, __, least, parts: str(sums.append((sum(n for n, _ in parts), least)))
+        words_module, "_refusal", lambda _, __, least, parts: str(sums.append((sum(n for n, _ in parts), least)))
     )
     decided = {field: getattr(placement, field) for field in ("tiers", "depth", "needs", "device_depth", "way")}
     too_small(Placement(**decided, budget_bytes=None, device_budget_bytes=1))
     too_small(Placement(**decided, budget_bytes=1))
-    assert len(sums) == 4
+    assert len(sums) == 2
     assert all(parts == total for parts, total in sums)

@@ -83,6 +83,7 @@ def test_every_docstring_of_a_public_name_is_there() -> None:
         "eval.quality",
         "eval.report",
         "eval.speed",
+        "eval.timeline",
     ],
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from offload.command import format_bytes, format_seconds, parse_bytes
 from offload.errors import ResourceError, UsageError
 from offload.planning.choice import plan
 from offload.planning.needs import Needs, activation_bytes, cache_bytes, layer_bytes
-from offload.planning.placement import Placement, describe
+from offload.planning.placement import Placement
+from offload.planning.words import describe
 
 MIB = 1 << 20
 NEEDS = Needs(400 * MIB, 50 * MIB, 40 * MIB, 30 * MIB, (20 * MIB,) * 10)

@@ -182,6 +182,17 @@ def test_a_plan_in_words(invented_cache: Path, tiny_checkpoint: Path, capsys: py
     assert output.err == ""
 
 
+def test_a_picture_is_written_or_it_is_said_why_not(
+    invented_cache: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny_checkpoint), "--context", "100", "--no-confirm", "--picture"]
+    assert main([*flags, str(tmp_path / "plan.svg")]) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'plan.svg'} written\n"
+    assert f">{tiny_checkpoint.name}</text>" in (tmp_path / "plan.svg").read_text()
+    assert main([*flags, str(tmp_path / "missing" / "plan.svg")]) == 4
+    assert "plan.svg: cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
 def test_a_plan_for_a_budget_says_what_would_help(
     invented_cache: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

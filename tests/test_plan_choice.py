@@ -11,9 +11,10 @@ from offload.command import parse_bytes
 from offload.errors import ResourceError
 from offload.planning.choice import plan
 from offload.planning.needs import Needs
-from offload.planning.placement import Placement, describe
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords
+from offload.planning.words import describe
 
 MIB = 1 << 20
 LAYER = 20 * MIB

@@ -6,9 +6,10 @@ from dataclasses import replace
 from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.planning.needs import Needs
-from offload.planning.placement import Placement, too_small
+from offload.planning.placement import Placement
 from offload.planning.predict import Costs, Tier, Way
 from offload.planning.wishes import Wishes
+from offload.planning.words import too_small
 
 _DEPTH = 3
 _DEVICE_DEPTH = 2
