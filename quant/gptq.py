@@ -15,7 +15,7 @@ the unquantized model beside x' of the quantized one, and 0 < share <= 1,
 
     W* = W + share W E[(x - x') x'^T] (E[x' x'^T] + damping)^-1.
 
-And AWQ's scales can go into the layer first.
+And AWQ's scales can go into the layer first, learned rounding (`quant/rounding.py`) come last.
 """
 
 import copy
@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from offload.command import say
 from quant import tiles
 from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
-from quant.cost import Cost, OnDisk, Shape, Windows
+from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
 from quant.gptq_cost import LinearWork, chunk_rows
 from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax
 from quant.hessian import Hessian, Statistics, observe, observed, record
 from quant.layer import LayerInputs, UnreachedError, inputs_of, moments
+from quant.rounding import LearningSettings, Places, learn_rounding, learning_bytes, learning_operations
 from quant.scale_groups import sets_by_input
 from quant.tiles import times, times_squared_
 from quant.walk_inputs import most_batch_samples
@@ -54,7 +55,7 @@ class GptqSettings:
     sequential: each linear on the inputs that the rounded ones before it give; else on the inputs that all have before
     any is rounded, which one pass shows.
     propagation: the share of the error of the inputs that the weights make up for, 0 if not sequential.
-    scale: AWQ's scales first. search: how finely scales and ranges are searched.
+    scale: AWQ's scales first. search: how finely scales and ranges are searched. learn: rounding learned afterwards.
     """
 
     damping: float = 0.1
@@ -62,6 +63,7 @@ class GptqSettings:
     propagation: float = 0.5
     scale: bool = False
     search: AwqSettings = field(default_factory=AwqSettings)
+    learn: LearningSettings = field(default_factory=LearningSettings)
 
 
 class Gptq:
@@ -72,7 +74,8 @@ class Gptq:
 
     def __init__(self, settings: GptqSettings) -> None:
         self.settings = settings
-        self.needs_original = settings.sequential and settings.propagation > 0
+        self._propagates = settings.sequential and settings.propagation > 0
+        self.needs_original = self._propagates or settings.learn.steps > 0
 
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result."""
@@ -81,13 +84,13 @@ class Gptq:
     def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
         """Return what a layer whose linears have these shapes will take; AWQ's scales come before.
 
-        What one pass shows of all linears is held until they are rounded.
+        What one pass shows of all linears is held until they are rounded, and where weights stood until all are.
         """
         assert windows is not None, "it needs inputs"
         settings = self.settings
         scaling = Awq(settings.search).cost(shapes, grid, windows) if settings.scale else None
         batch_tokens = most_batch_samples(windows.tokens) * windows.tokens
-        how = windows, batch_tokens, grid, settings.search.clip_points, self.needs_original
+        how = windows, batch_tokens, grid, settings.search.clip_points, self._propagates
         works = [LinearWork(n, k, *how) for n, k in shapes]
         held_bytes = held_file_bytes = held_narrow_bytes = 0
         if not settings.sequential:
@@ -95,16 +98,22 @@ class Gptq:
             held_narrow_bytes = sum(w.held_bytes for w in works if not w.wide)
         scaling_bytes = scaling.memory_bytes if scaling else 0
         weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
-        passes = 2.0 * weights * tokens * (6 if self.needs_original else 3)
+        passes = 2.0 * weights * tokens * (6 if self._propagates else 3)
         rounding = sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
         operations = passes + rounding + (scaling.operations if scaling else 0)
+        learn_bytes = places_bytes = 0
+        if settings.learn.steps:
+            learn_bytes, places_bytes = learning_bytes(shapes, batch_tokens), FLOAT_BYTES * weights
+            operations += learning_operations(shapes, settings.learn, windows)
+        held_narrow_bytes += places_bytes
         on_disk = OnDisk(
-            observing_bytes=held_narrow_bytes + max(w.observing_bytes for w in works),
+            observing_bytes=max(learn_bytes, held_narrow_bytes + max(w.observing_bytes for w in works)),
             working_bytes=max(scaling_bytes, held_narrow_bytes + max(w.working_bytes for w in works)),
             disk_bytes=held_file_bytes + max(w.file_bytes for w in works),
             traffic_bytes=sum(w.traffic_bytes for w in works),
         )
-        return Cost(max(scaling_bytes, held_bytes + max(w.memory_bytes for w in works)), operations, on_disk)
+        rounding_bytes = held_bytes + places_bytes + max(w.memory_bytes for w in works)
+        return Cost(max(scaling_bytes, rounding_bytes, learn_bytes), operations, on_disk)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
@@ -120,6 +129,7 @@ class Gptq:
         sets = sets_by_input(layer, inputs, list(grids))
         statistics = self._in_sequence(layer, inputs, sets) if settings.sequential else _at_once(layer, inputs, sets)
         found: dict[str, Parameters] = {}
+        places: dict[str, Places] = {}
         for members in sets:
             first = members[0]
             try:
@@ -138,9 +148,14 @@ class Gptq:
             share = 0.0 if seen.lost is None else settings.propagation
             for name in members:
                 weight = layer.get_parameter(f"{name}.weight").data
-                found[name], kept = round_in_place(weight, hessian, grids[name], settings.search, share)
+                lost = torch.empty_like(weight) if settings.learn.steps else None
+                found[name], kept = round_in_place(weight, hessian, grids[name], settings.search, share, lost)
                 report["ranges"][name] = kept
+                if lost is not None:
+                    places[name] = Places.of(weight, lost, found[name], grids[name])
             del seen, hessian  # the next set's are made without these beside them
+        if places:
+            report["learned"] = learn_rounding(layer, inputs, places, settings.learn)
         return found, report
 
     def _in_sequence(self, layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]]) -> Seen:
@@ -149,7 +164,7 @@ class Gptq:
         That one is a copy, or, where statistics are on disk, the inputs that its linears had.
         """
         directory = inputs.statistics_to
-        if not self.needs_original:
+        if not self._propagates:
             return lambda name: observe(layer, None, inputs, name, directory)
         if directory is not None:
             recorded = record(layer, inputs.original(), [members[0] for members in sets], directory)
@@ -185,16 +200,19 @@ def propagate(weight: Tensor, hessian: Hessian, share: float) -> Tensor:
 
 
 def round_in_place(
-    weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings, share: float = 0.0
+    weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings, share: float = 0.0, lost: Tensor | None = None
 ) -> tuple[Parameters, float]:
     """Overwrite a float32 weight [N, K] with its rounding and return parameters and the share of the ranges kept.
 
     Rows are independent of each other: some are propagated to (with a share above 0) and rounded at a time.
+    lost: see `round_weight`.
     """
     found, kept = [], 0.0
-    for w_NK in weight.split(chunk_rows(weight.shape[1])):
+    for start in range(0, len(weight), chunk_rows(weight.shape[1])):
+        rows = slice(start, start + chunk_rows(weight.shape[1]))
+        w_NK = weight[rows]
         start_NK = propagate(w_NK, hessian, share) if share else w_NK.clone()
-        parameters, rounded = round_weight(start_NK, hessian, grid, search)
+        parameters, rounded = round_weight(start_NK, hessian, grid, search, None if lost is None else lost[rows])
         kept += len(w_NK) * kept_range(start_NK, parameters, grid)
         found.append(parameters)
         w_NK.copy_(rounded)
@@ -202,23 +220,30 @@ def round_in_place(
     return Parameters(scale, zero), round(kept / len(weight), 4)
 
 
-def round_weight(weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings) -> tuple[Parameters, Tensor]:
+def round_weight(
+    weight: Tensor, hessian: Hessian, grid: Grid, search: AwqSettings, lost: Tensor | None = None
+) -> tuple[Parameters, Tensor]:
     """Return parameters and the weight rounded to their grid, both float32, for a float32 weight [N, K].
 
     A row that carrying makes worse than rounding to nearest under the same parameters is so rounded.
+    lost: float32 [N, K], to be filled with what each value lacks of what was rounded to it.
     """
     parameters = search_clip_by_column(weight, hessian.importance().float(), grid, search)
-    carried = round_columns(weight, hessian, parameters, grid)
+    carried = round_columns(weight, hessian, parameters, grid, lost)
     nearest = fake_quantize(weight, parameters, grid)
     worse = hessian.loss(carried, weight) >= hessian.loss(nearest, weight)
+    if lost is not None:
+        lost[worse] = weight[worse] - nearest[worse]
     return parameters, torch.where(worse[:, None], nearest, carried)
 
 
-def round_columns(weight: Tensor, hessian: Hessian, parameters: Parameters, grid: Grid) -> Tensor:
+def round_columns(
+    weight: Tensor, hessian: Hessian, parameters: Parameters, grid: Grid, lost: Tensor | None = None
+) -> Tensor:
     """Return the values that GPTQ chooses for a float32 weight [N, K], in float32, which they are exact in.
 
     Within a block of columns errors are carried at once, into the columns after it by one product a block, and into
-    those behind other tiles of the factor by one product a tile.
+    those behind other tiles of the factor by one product a tile. lost: see `round_weight`.
     """
     w_KN, factor = weight.T[hessian.order].double(), hessian.factor
     group = hessian.order // grid.group(weight.shape[1])
@@ -232,6 +257,8 @@ def round_columns(weight: Tensor, hessian: Hessian, parameters: Parameters, grid
             groups = group[columns][block]
             errors_BN = errors_KN[: len(groups)] if last else errors_KN[block]
             _round_block(rest_KN[block], errors_BN, corner[block, block], scale_CN[groups], zero_CN[groups], grid)
+            if lost is not None:
+                lost.T[hessian.order[columns][block]] = (errors_BN * corner.diagonal()[block, None]).float()
             rest_KN[block.stop :].addmm_(corner[block, block.stop :].T, errors_BN, alpha=-1)
         for later in range(tile + 1, factor.count):
             w_KN[factor.span(later)].addmm_(factor.read(tile, later).T, errors_KN, alpha=-1)
@@ -257,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    tiers = {"best": GptqSettings(), "fast": GptqSettings(sequential=False, propagation=0.0)}
+    fast, slow = GptqSettings(sequential=False, propagation=0.0), GptqSettings(learn=LearningSettings(steps=100))
+    tiers = {"best": GptqSettings(), "fast": fast, "slow": slow}
     return run_method("gptq", Gptq, argv, tiers)
 
 

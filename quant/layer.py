@@ -24,20 +24,22 @@ class LayerInputs:
 
     hidden_STD: float32 [S, T, D], in memory or not. arguments: keyword arguments of the layer's forward, for a batch
     of one. batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any
-    layer is quantized, for methods that ask for it. statistics_to: a directory for what a method knows of them, where
-    memory has no room for it.
+    layer is quantized, for methods that ask for it, and target_STD what the unquantized layer makes of that.
+    statistics_to: a directory for what a method knows of them, where memory has no room for it.
     """
 
     hidden_STD: HiddenStates
     arguments: dict[str, Any]
     batch_samples: int = 4
     original_STD: HiddenStates | None = None
+    target_STD: HiddenStates | None = None
     statistics_to: Path | None = None
 
     def select(self, samples: slice) -> "LayerInputs":
         """Return the same inputs for some of the samples; a view."""
         original = None if self.original_STD is None else self.original_STD[samples]
-        return replace(self, hidden_STD=self.hidden_STD[samples], original_STD=original)
+        target = None if self.target_STD is None else self.target_STD[samples]
+        return replace(self, hidden_STD=self.hidden_STD[samples], original_STD=original, target_STD=target)
 
     def original(self) -> "LayerInputs":
         """Return the unquantized model's inputs; where they are not kept, these."""

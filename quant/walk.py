@@ -22,6 +22,7 @@ from offload.skeleton import assign, decoder_layers, outer_names
 from offload.source_weights import Location, SourceWeights
 from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
+from quant.hidden_states import HiddenStates
 from quant.layer import LayerInputs, linears, unreached
 from quant.walk_inputs import WalkInputs, first_inputs
 
@@ -90,7 +91,10 @@ class Walk:
             layer, name = layers[index], f"{prefix}.{index}"
             keeps_original = inputs is not None and self.method.needs_original
             dtypes = load_layer(layer, name, self.source) if keeps_original or not done[index] else {}
-            original_STD = inputs.original_outputs(layer) if inputs is not None and keeps_original else None
+            original_STD = None
+            if inputs is not None and keeps_original:
+                original_STD = inputs.original_outputs(layer)
+                inputs = inputs.towards(original_STD)
             note = self._layer(index, name, layer, inputs, None if done[index] else dtypes)
             if inputs is not None and index + 1 < len(layers):
                 inputs = inputs.following(layer, index + 1, original_STD)
@@ -144,7 +148,7 @@ class Walk:
             found, report = self.method.quantize_layer(layer, None, grids, self.head_dim)
             return pack_layer(layer, found, grids, dtypes), report
         fit, held_out = inputs.at_layer.split_held_out(_HELD_OUT_SHARE)
-        reference = held_out.original().run(layer)
+        reference = held_out.original().run(layer) if held_out.target_STD is None else held_out.target_STD
         for key, grid in grids.items():
             weight = layer.get_parameter(f"{key}.weight")
             weight.data = fake_quantize(weight.data, minmax(weight.data, grid), grid)
@@ -192,7 +196,7 @@ def pack_layer(
     return packed
 
 
-def relative_error(inputs: LayerInputs, layer: nn.Module, reference: Tensor) -> float:
+def relative_error(inputs: LayerInputs, layer: nn.Module, reference: HiddenStates) -> float:
     """Return |layer(x) - reference|^2 / |reference - x0|^2: the error, in units of what the layer adds to its input.
 
     x0: the unquantized model's input where that is kept, else x.

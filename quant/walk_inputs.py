@@ -42,6 +42,10 @@ class WalkInputs:
         first_BTD = next(iter(inputs.hidden_STD.split(1)))
         return fill(new_states(len(inputs.hidden_STD), first_BTD, self.spill_to), inputs.outputs(layer))
 
+    def towards(self, target_STD: HiddenStates) -> "WalkInputs":
+        """Return the same inputs with what the unquantized layer makes of what it is given, for all samples."""
+        return replace(self, at_layer=replace(self.at_layer, target_STD=target_STD))
+
     def following(self, layer: nn.Module, index: int, original_STD: HiddenStates | None) -> "WalkInputs":
         """Run `layer` and return the inputs of layer `index`, which comes after it, beside the unquantized model's.
 

@@ -138,9 +138,9 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(TOKENS).logits
 
 
-def quantize(method: str, model: Path, text: Path, output: Path, samples: int = 6) -> Checkpoint:
+def quantize(method: str, model: Path, text: Path, output: Path, *more: str, samples: int = 6) -> Checkpoint:
     windows = ["--num-samples", str(samples), "--seq-len", "32"]
-    flags = [] if method == "rtn" else ["--calibration", str(text), *windows]
+    flags = [*more, *([] if method == "rtn" else ["--calibration", str(text), *windows])]
     assert METHODS[method](["--model", str(model), "--output", str(output), "--group-size", "32", *flags]) == 0
     return Checkpoint.open(output)
 
@@ -168,6 +168,18 @@ def test_a_family_goes_all_the_way(
     for _ in range(2):
         assert torch.equal(logits(streamed), resident)
     executor_of(streamed).close()
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Bloom", "GPTJ", "Mixtral", "DeepseekV3"])
+def test_rounding_is_learned_whatever_a_layer_holds(
+    kind: str, tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    """Layers that return tuples, attention step by step, experts of which a step may see no token."""
+    model, slow = make_model(kind, tiny_model, tmp_path / "model"), ["--tier", "slow", "--set", "learn.steps=4"]
+    checkpoint = quantize("gptq", model, calibration_text, tmp_path / "out", *slow, samples=9)
+    learned = [report["chosen"]["learned"] for report in checkpoint.layer_errors.values() if "chosen" in report]
+    assert len(learned) == 2
+    assert all(0 < each["before"] < 1 and 0 < each["after"] < 1 for each in learned)
 
 
 def test_experts_that_stay_fused_are_listed(
