@@ -12,6 +12,7 @@ from eval.likelihood import Protocol
 from eval.ppl import add_protocol_flags, evaluate, load_for_evaluation, load_original, protocol_of, rise, strict_json
 from eval.report_facts import Accuracy, Report, describe, summary
 from eval.report_page import page
+from eval.report_picture import draw_report
 from offload.checkpoint import Checkpoint
 from offload.command import Parser, run, say
 from offload.errors import ResourceError
@@ -28,6 +29,7 @@ def _command(argv: list[str]) -> None:
     parser = Parser("eval.report", "Report what a checkpoint is, what was chosen in it, and what it costs.")
     parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures, complete in itself")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw what it came to, layer by layer")
     parser.add_argument("--measure", action="store_true", help="measure its accuracy beside the original's")
     add_protocol_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -35,12 +37,13 @@ def _command(argv: list[str]) -> None:
     protocol = protocol_of(options)
     checkpoint = Checkpoint.open(options.checkpoint)
     report = describe(checkpoint, _accuracy(checkpoint, options, protocol) if options.measure else None)
-    if options.html is not None:
-        try:
-            options.html.write_text(page(report), encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(f"--html {options.html}: cannot be written ({error.strerror})") from None
-        say(f"{options.html} written")
+    for flag, path, draw in (("--html", options.html, page), ("--picture", options.picture, draw_report)):
+        if path is not None:
+            try:
+                path.write_text(draw(report), encoding="utf-8")
+            except OSError as error:
+                raise ResourceError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+            say(f"{path} written")
     print(strict_json(asdict(report)) if options.json else _lines(report))
 
 

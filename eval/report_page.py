@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from eval.report_facts import Report, cut_name, summary
-from eval.svg import Mark, bars, heat_map, parts
+from eval.svg import Chart, Mark, bars, heat_map, parts
 from offload.command import format_bytes
 
 _STYLE = """
@@ -53,7 +53,8 @@ def page(report: Report) -> str:
     )
 
 
-def _section(title: str, what: str, content: str) -> str:
+def _section(title: str, what: str, content: Chart | str) -> str:
+    content = content.inline() if isinstance(content, Chart) else content
     return f"<h2>{escape(title)}</h2><p>{escape(what)}</p>{content}\n"
 
 
@@ -78,23 +79,29 @@ def _kind(linear: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", linear)
 
 
-def _errors(report: Report) -> str:
+def error_bars(report: Report) -> Chart | None:
+    """Return the errors of all layers, over those of rounding to nearest; None if none was measured."""
     marks = {}
     for name, layer in report.layers.items():
         if "error" in layer:
             ratio = layer["error"] / layer["rtn_error"] if layer["rtn_error"] else 1.0
             said = f"{name}: {ratio:.3f} of round-to-nearest's {layer['rtn_error']:.5f}"
             marks[_number(name)] = Mark(ratio, said + (", fell back" if layer["fallback"] else ""), layer["fallback"])
-    if not marks:
+    return bars(marks, 1.0, "round to nearest") if marks else None
+
+
+def _errors(report: Report) -> str:
+    chart = error_bars(report)
+    if chart is None:
         return ""
     what = (
         "Squared error of each layer's output on windows that were held out, over round-to-nearest's. Both run on what "
         "the quantized layers before give. A layer that would come out above 1 is rounded to nearest."
     )
-    return _section("Error of every layer", what, bars(marks, 1.0, "round to nearest"))
+    return _section("Error of every layer", what, chart)
 
 
-def _map(values: Mapping[tuple[str, str], Sequence[float]], marks: Mapping[tuple[str, str], Mark]) -> str:
+def _map(values: Mapping[tuple[str, str], Sequence[float]], marks: Mapping[tuple[str, str], Mark]) -> Chart:
     """Return a heat map of kinds of linears over layers; values: those behind each mark, in the order of the model."""
     kinds = list(dict.fromkeys(kind for kind, _ in values))
     layers = sorted({layer for _, layer in values}, key=lambda name: (len(name), name))
@@ -152,22 +159,31 @@ def _sensitivity(report: Report) -> str:
     return _section("Sensitivity", what, _map(found, marks))
 
 
-def _ranges(report: Report) -> str:
+def clipping_map(report: Report) -> tuple[Chart, float] | None:
+    """Return how much of its range each kind of linear lost in each layer, and the least share that was kept."""
     ranges = _gathered(
         (name, linear, kept)
         for name, layer in report.layers.items()
         for linear, kept in layer.get("chosen", {}).get("ranges", {}).items()
     )
     if not ranges:
-        return ""
+        return None
     means = {key: sum(values) / len(values) for key, values in ranges.items()}
     least = min(means.values())
     marks = {
         key: Mark((1 - mean) / (1 - least or 1), f"layer {key[1]}, {key[0]}: {mean:.1%} of the range kept")
         for key, mean in means.items()
     }
+    return _map(ranges, marks), least
+
+
+def _ranges(report: Report) -> str:
+    found = clipping_map(report)
+    if found is None:
+        return ""
+    chart, least = found
     what = f"How much of its groups' range each linear keeps, on average: {least:.1%} where it is darkest."
-    return _section("Clipping", what, _map(ranges, marks))
+    return _section("Clipping", what, chart)
 
 
 def _scales(report: Report) -> str:

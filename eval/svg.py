@@ -3,6 +3,7 @@
 Colours are the page's: `var(--ink)`, `var(--mark)`, `var(--warn)`, `var(--faint)`. What a mark says is its `<title>`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,7 +21,24 @@ class Mark:
     loud: bool = False
 
 
-def bars(marks: Mapping[str, Mark], limit: float | None = None, limit_label: str = "") -> str:
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """What is drawn, 860 units wide and `height` high."""
+
+    height: float
+    body: str
+
+    def inline(self) -> str:
+        """Return it as an element of a page, in the page's colours, as wide as there is room."""
+        return f'<svg viewBox="0 0 {_WIDTH} {self.height:.0f}" role="img">{self.body}</svg>'
+
+    def placed(self, x: float, y: float, scale: float, colours: Mapping[str, str]) -> str:
+        """Return it as a part of another picture: colours by name, `ink` say."""
+        body = re.sub(r"var\(--(\w+)\)", lambda name: colours[name[1]], self.body)
+        return f'<g transform="translate({x:.1f} {y:.1f}) scale({scale:.4f})">{body}</g>'
+
+
+def bars(marks: Mapping[str, Mark], limit: float | None = None, limit_label: str = "") -> Chart:
     """Return a bar for every name, in order, from 0 up; `limit` is a line across."""
     left, height, bottom = 44, 180, 30
     top = 1.05 * max([0.0, *(mark.value for mark in marks.values()), limit or 0.0]) or 1.0
@@ -39,10 +57,10 @@ def bars(marks: Mapping[str, Mark], limit: float | None = None, limit_label: str
         y = height - height * limit / top
         drawn.append(f'<path d="M{left} {y:.1f}H{_WIDTH}" stroke="var(--ink)" stroke-dasharray="4 3"/>')
         drawn.append(_label(_WIDTH, y - 4, limit_label, "end"))
-    return _picture(height + bottom, drawn)
+    return Chart(height + bottom, "".join(drawn))
 
 
-def heat_map(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], Mark]) -> str:
+def heat_map(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], Mark]) -> Chart:
     """Return a field for every (row, column) there is, the darker the nearer its value, 0 to 1, comes to 1."""
     left, side, top = 12 + max(7 * len(row) for row in rows), 20, 18
     step = min(28.0, (_WIDTH - left) / max(1, len(columns)))
@@ -58,10 +76,10 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[s
             shade = f'fill="var(--mark)" fill-opacity="{0.08 + 0.92 * min(max(mark.value, 0), 1):.3f}"'
             edge = ' stroke="var(--warn)" stroke-width="2"' if mark.loud else ""
             drawn.append(f"<rect {place} {shade}{edge}><title>{escape(mark.title)}</title></rect>")
-    return _picture(top + side * len(rows) + 4, drawn)
+    return Chart(top + side * len(rows) + 4, "".join(drawn))
 
 
-def parts(marks: Mapping[str, Mark]) -> str:
+def parts(marks: Mapping[str, Mark]) -> Chart:
     """Return one bar, cut in proportion to the values, its parts named below."""
     total, x, drawn = sum(mark.value for mark in marks.values()) or 1.0, 0.0, []
     for index, (name, mark) in enumerate(marks.items()):
@@ -72,7 +90,7 @@ def parts(marks: Mapping[str, Mark]) -> str:
         key = f'<rect x="{_WIDTH / len(marks) * index:.1f}" y="38" width="10" height="10" {shade}/>'
         drawn.append(key + _label(_WIDTH / len(marks) * index + 14, 47, name, "start"))
         x += width
-    return _picture(54, drawn)
+    return Chart(54, "".join(drawn))
 
 
 def _y_axis(left: int, height: int, top: float) -> str:
@@ -86,7 +104,3 @@ def _y_axis(left: int, height: int, top: float) -> str:
 
 def _label(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {_TEXT}>{escape(text)}</text>'
-
-
-def _picture(height: float, drawn: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img">{"".join(drawn)}</svg>'

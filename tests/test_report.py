@@ -96,6 +96,36 @@ def test_the_page_shows_it_and_loads_nothing(mixed: Path, tmp_path: Path, capsys
     assert sum(mark.get("stroke") is not None for mark in pictures[2].iter("rect")) == len(manifest["recipe"]["wide"])
 
 
+def test_the_picture_stands_alone_and_shows_the_same(mixed: Path, tmp_path: Path, capsys: Capture) -> None:
+    picture = tmp_path / "report.svg"
+    assert report.main([str(mixed), "--picture", str(picture)]) == 0
+    assert f"{picture} written" in capsys.readouterr().err
+    drawn = picture.read_text()
+    assert "var(" not in drawn
+    root = ElementTree.fromstring(drawn)
+    said = [title.text or "" for title in root.iter(f"{SVG}title")]
+    manifest = json.loads((mixed / "manifest.json").read_text())
+    for index in range(3):
+        layer = manifest["layer_errors"][f"model.layers.{index}"]
+        assert f"model.layers.{index}: {layer['error'] / layer['rtn_error']:.3f} of round-to-nearest's" in said[index]
+    assert sum("of the range kept" in one for one in said) == 21
+    texts = [item.text or "" for item in root.iter(f"{SVG}text")]
+    assert texts[:3] == ["a <b> & c", "4 bits, asymmetric, groups of 32", "method: AWQ"]
+    height = float(root.get("height", ""))
+    bottoms = [float(place) for place in re.findall(r"translate\(20\.0 ([\d.]+)\)", drawn)]
+    assert len(bottoms) == 2
+    assert max(bottoms) < height
+
+
+def test_a_picture_without_records_is_of_the_figures_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert report.main([str(tiny_checkpoint), "--picture", str(tmp_path / "report.svg")]) == 0
+    drawn = (tmp_path / "report.svg").read_text()
+    assert ">bits: 4.500 a weight</text>" in drawn
+    assert "error of every layer" not in drawn
+    assert "translate(" not in drawn
+
+
+SVG = "{http://www.w3.org/2000/svg}"
 VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 
 
@@ -151,6 +181,8 @@ def test_a_damaged_record_is_refused(
 def test_a_page_that_cannot_be_written(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     assert report.main([str(tiny_checkpoint), "--html", str(tmp_path / "none" / "page.html")]) == 4
     assert "page.html: cannot be written (No such file or directory)" in capsys.readouterr().err
+    assert report.main([str(tiny_checkpoint), "--picture", str(tmp_path / "none" / "picture.svg")]) == 4
+    assert "--picture" in capsys.readouterr().err
 
 
 def test_a_linear_is_cut_behind_its_layer() -> None:
@@ -160,16 +192,16 @@ def test_a_linear_is_cut_behind_its_layer() -> None:
 
 def test_pictures_are_to_scale() -> None:
     marks = {"a": Mark(1.0, "one"), "b": Mark(2.0, "<two>", loud=True), "c": Mark(0.0, "none")}
-    heights = [float(bar.get("height", "")) for bar in ElementTree.fromstring(bars(marks, 2.0)).iter("rect")]
+    heights = [float(bar.get("height", "")) for bar in ElementTree.fromstring(bars(marks, 2.0).inline()).iter("rect")]
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.1)
     assert heights[2] == 0
-    assert "&lt;two&gt;" in bars(marks)
-    assert ElementTree.fromstring(bars({})).tag == "svg"
-    widths = [float(part.get("width", "")) for part in ElementTree.fromstring(parts(marks)).iter("rect")]
+    assert "&lt;two&gt;" in bars(marks).inline()
+    assert ElementTree.fromstring(bars({}).inline()).tag == "svg"
+    widths = [float(part.get("width", "")) for part in ElementTree.fromstring(parts(marks).inline()).iter("rect")]
     assert widths[2] == pytest.approx(2 * widths[0], abs=0.2)
     cells = {("up", "0"): Mark(0.0, "low"), ("up", "1"): Mark(1.0, "high")}
     shades = [
         float(cell.get("fill-opacity", ""))
-        for cell in ElementTree.fromstring(heat_map(["up", "down"], ["0", "1"], cells)).iter("rect")
+        for cell in ElementTree.fromstring(heat_map(["up", "down"], ["0", "1"], cells).inline()).iter("rect")
     ]
     assert shades == [pytest.approx(0.08), pytest.approx(1.0)]
