@@ -26,6 +26,9 @@ from quant.scale_groups import ScaleGroup, find_scale_groups
 
 _SMALLEST = 1e-4
 
+CLIP_ROWS = 256
+"""Rows whose ranges are searched together: more candidates at once than the caches hold take three times as long."""
+
 
 @dataclass(frozen=True, slots=True)
 class AwqSettings:
@@ -65,7 +68,7 @@ class Awq:
         settings = self.settings
         candidates = settings.clip_points * (2 if grid.symmetric else 1)
         grams = [FLOAT_BYTES * columns * columns for _, columns in shapes]
-        search = [FLOAT_BYTES * n * (4 * candidates * grid.group(k) + 6 * k) for n, k in shapes]
+        search = [FLOAT_BYTES * (4 * candidates * min(n, CLIP_ROWS) * grid.group(k) + 6 * n * k) for n, k in shapes]
         weights = sum(n * k for n, k in shapes)
         runs = windows.tokens * (6 * windows.samples + 2 * settings.scale_points * settings.search_samples)
         clips = candidates * (1 if grid.symmetric else 3) * (2 * max(grid.group(k) for _, k in shapes) + 60)
@@ -221,9 +224,9 @@ def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings
     return Parameters(scale, zero)
 
 
-def _joint_error(gram: Tensor, others: Tensor, d: Tensor) -> Tensor:
-    """Return d G d^T + 2 d others^T of every row of d [candidates, N, G]: [candidates, N]."""
-    return ((d @ gram + 2 * others) * d).sum(-1)
+def _joint_error(gram: Tensor, others: Tensor, rows: slice, d: Tensor) -> Tensor:
+    """Return d G d^T + 2 d others^T of some rows, d [candidates, R, G]: [candidates, R]. others: of all rows."""
+    return ((d @ gram + 2 * others[rows]) * d).sum(-1)
 
 
 def search_clip_by_column(weight: Tensor, importance: Tensor, grid: Grid, settings: AwqSettings) -> Parameters:
@@ -237,13 +240,25 @@ def search_clip_by_column(weight: Tensor, importance: Tensor, grid: Grid, settin
     return Parameters(torch.stack([f.scale for f in found], 1), torch.stack([f.zero for f in found], 1))
 
 
-def _column_error(importance: Tensor, d: Tensor) -> Tensor:
-    """Return sum_g importance_g d_g^2 of every row of d [candidates, N, G]: [candidates, N]."""
+def _column_error(importance: Tensor, _: slice, d: Tensor) -> Tensor:
+    """Return sum_g importance_g d_g^2 of some rows, d [candidates, R, G]: [candidates, R]."""
     return d.square() @ importance
 
 
-def _clip_group(weight: Tensor, error: Callable[[Tensor], Tensor], grid: Grid, settings: AwqSettings) -> Parameters:
-    """Return scale and zero point [N] of one group [N, G] with the least `error` of the difference [candidates, N, G].
+def _clip_group(
+    weight: Tensor, error: Callable[[slice, Tensor], Tensor], grid: Grid, settings: AwqSettings
+) -> Parameters:
+    """Return scale and zero point [N] of one group [N, G] with the least `error(rows, difference)`.
+
+    difference: [candidates, R, G], of these rows.
+    """
+    parts = [slice(start, start + CLIP_ROWS) for start in range(0, len(weight), CLIP_ROWS)]
+    found = [_clip_rows(weight[rows], partial(error, rows), grid, settings) for rows in parts]
+    return Parameters(torch.cat([f.scale for f in found]), torch.cat([f.zero for f in found]))
+
+
+def _clip_rows(weight: Tensor, error: Callable[[Tensor], Tensor], grid: Grid, settings: AwqSettings) -> Parameters:
+    """Return scale and zero point [R] of some rows of a group [R, G] with the least `error(difference)`.
 
     Both ends of the range shrink together first; an asymmetric range then tries each end alone. A symmetric one tries
     the negative scale as well, which puts the one code more that a side has on the other side.

@@ -6,6 +6,7 @@ Axes: N outputs, K inputs of a linear.
 from dataclasses import dataclass
 
 from quant import tiles
+from quant.awq import CLIP_ROWS
 from quant.cost import FLOAT_BYTES, Windows
 from quant.groupwise import Grid
 from quant.hessian import PANEL_TILES
@@ -62,7 +63,7 @@ class LinearWork:
         rows = min(self.rows, chunk_rows(self.width))
         candidates = self.clip_points * (2 if self.grid.symmetric else 1)
         weights, carried = 7 * FLOAT_BYTES * rows * self.width, 2 * _DOUBLE_BYTES * rows * min(self.width, tiles.TILE)
-        return weights + carried + 4 * FLOAT_BYTES * candidates * rows * self.grid.group(self.width)
+        return weights + carried + 4 * FLOAT_BYTES * candidates * min(rows, CLIP_ROWS) * self.grid.group(self.width)
 
     @property
     def panel_bytes(self) -> int:
