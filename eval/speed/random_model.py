@@ -77,12 +77,13 @@ class ModelShape:
 
 SHAPES = {
     "tiny": ModelShape(4, 256, 768, 4, 2, 64, 1024, tied=True),
+    "thin": ModelShape(28, 128, 256, 2, 1, 64, 1024, tied=True),
     "1b": ModelShape(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
     "3b": ModelShape(28, 3072, 8192, 24, 8, 128, 128256, tied=True),
     "8b": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, tied=False),
     "70b": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, tied=False),
 }
-"""Those of Llama 3.1 and 3.2, and one for tests."""
+"""Those of Llama 3.1 and 3.2, one for tests, and the layers of 3b with hardly any weights: a token is Python's time."""
 
 
 def write_checkpoint(shape: ModelShape, directory: Path, *, wide_head: bool = True) -> None:
