@@ -40,6 +40,9 @@ PLAIN = "plain"
 WIDE_BITS = 8
 """Of the modules that a recipe of 4 bits leaves wider."""
 
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What vLLM and SGLang multiply as one, by the name that they give it."""
+
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -106,10 +109,11 @@ class Recipe:
         """Return the bits of a quantized module's weight."""
         return WIDE_BITS if module in self.wide else self.bits
 
-    def quantization_config(self) -> dict[str, Any] | None:
+    def quantization_config(self, joined: bool = True) -> dict[str, Any] | None:
         """Return config.json's `quantization_config`, in compressed-tensors' words, None where nothing is quantized.
 
-        Inputs in an order of their own are more than they can say: then the method is one that others refuse.
+        joined: beside linears of another width, name what vLLM makes of several of them. Inputs in an order of their
+        own are more than the words can say: then the method is one that others refuse.
         """
         if self.method == PLAIN:
             return None
@@ -120,7 +124,8 @@ class Recipe:
             weights |= {"strategy": "group", "group_size": self.group_size}
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
         if self.wide:  # a module's own name goes before that of its class
-            groups["group_1"] = {"targets": list(self.wide), "weights": {**weights, "num_bits": WIDE_BITS}}
+            targets = [*self.wide, *(_joined(self.wide) if joined else ())]
+            groups["group_1"] = {"targets": targets, "weights": {**weights, "num_bits": WIDE_BITS}}
         return {
             "quant_method": "int4-offload" if self.settings.get("reordered") else "compressed-tensors",
             "format": "pack-quantized",
@@ -129,6 +134,21 @@ class Recipe:
             "ignore": list(self.ignore),
             "kv_cache_scheme": None,
         }
+
+
+def _joined(names: tuple[str, ...]) -> list[str]:
+    """Return vLLM's names for those linears among `names` that it joins.
+
+    Until vllm-project/vllm#49483 it looks for the class of what it joined before it looks for the parts, and would find
+    the group of the other width.
+    """
+    known, found = set(names), []
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for joined, parts in JOINED.items():
+            if last == parts[0] and all(f"{parent}.{part}" in known for part in parts):
+                found.append(f"{parent}.{joined}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +282,8 @@ def _why_no_manifest(directory: Path) -> str:
 
 
 def _check_config(directory: Path, recipe: Recipe) -> None:
-    config = read_json(directory / CONFIG_NAME)
-    if config.get("quantization_config") != recipe.quantization_config():
+    found = read_json(directory / CONFIG_NAME).get("quantization_config")
+    if found not in (recipe.quantization_config(), recipe.quantization_config(joined=False)):
         raise CheckpointError(
             f"{directory / CONFIG_NAME}: quantization_config differs from the recipe in {MANIFEST_NAME}"
         )

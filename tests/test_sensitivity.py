@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from offload.checkpoint import Checkpoint, Recipe
+from offload.checkpoint import JOINED, Checkpoint, Recipe
+from offload.errors import CheckpointError
 from offload.executor import load
 from offload.linear import PackedLinear
 from offload.skeleton import build_skeleton, read_config
@@ -24,6 +25,7 @@ from quant.sensitivity import Candidate, candidates, choose
 from tests.test_walk import awq_flags, contents, stop_before
 
 WIDE = ["--target-bits", "6"]
+TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
 
 
 def test_the_best_for_a_byte_are_chosen_while_they_fit() -> None:
@@ -100,9 +102,36 @@ def test_the_bits_are_those_asked_for_and_lower_the_error(
     assert len(bits) == 21
     groups = json.loads((wide / "config.json").read_text())["quantization_config"]["config_groups"]
     assert groups["group_0"]["targets"] == ["Linear"]
-    assert groups["group_1"]["targets"] == list(checkpoint.recipe.wide)
+    targets = groups["group_1"]["targets"]
+    assert [name for name in targets if name.rpartition(".")[2] not in JOINED] == list(checkpoint.recipe.wide)
+    for name in targets[len(checkpoint.recipe.wide) :]:  # what vLLM joins, of parts that are all there
+        parent, _, joined = name.rpartition(".")
+        assert {f"{parent}.{part}" for part in JOINED[joined]} <= set(checkpoint.recipe.wide)
     assert (groups["group_0"]["weights"]["num_bits"], groups["group_1"]["weights"]["num_bits"]) == (4, 8)
     assert f"({len(checkpoint.recipe.wide)} linears in 8)" in (wide / "README.md").read_text()
+
+
+@torch.inference_mode()
+def test_two_widths_open_in_transformers_and_here_without_the_names_for_vllm(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    wide = tmp_path / "wide"
+    assert awq.main(awq_flags(tiny_model, calibration_text, wide, *WIDE)) == 0
+    theirs = LlamaForCausalLM.from_pretrained(wide, dtype=torch.float32)  # the class that offload leaves alone
+    ours = load(wide, dtype=torch.float32, mode="exact")
+    torch.testing.assert_close(theirs(TOKENS).logits, ours(TOKENS).logits)
+    config = json.loads((wide / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_1"]
+    assert any(name.rpartition(".")[2] in JOINED for name in group["targets"])
+    own = [name for name in group["targets"] if name.rpartition(".")[2] not in JOINED]
+    for targets, opens in ((own, True), (own[1:], False)):
+        group["targets"] = targets
+        (wide / "config.json").write_text(json.dumps(config))
+        if opens:
+            Checkpoint.open(wide)
+        else:
+            with pytest.raises(CheckpointError, match="quantization_config differs from the recipe"):
+                Checkpoint.open(wide)
 
 
 def test_resumed_it_is_the_same(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
