@@ -6,6 +6,7 @@ copy, which is made the first time, and made anew when a file of the original ha
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ from offload.layer_view import ORDER
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import cache_directory, files_around
 from offload.source_weights import SourceWeights, StoredTensor
+
+_CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
+"""Of what `kv_cache_scheme` has other runtimes round keys and values to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ def convert(directory: Path, found: Foreign, output: Path, overwrite: bool = Fal
     source = SourceWeights.open(directory)
     packed = found.packed_modules(source.locations)
     source = _without_empty_biases(directory, model, source, packed)
+    source = _without_cache_scales(directory, source, found)
     _check_names(directory, model, source, packed, found)
     prefix, layers = decoder_layers(model)
     plain = [name for name in source.locations if name.rpartition(".")[0] not in packed]
@@ -205,6 +210,18 @@ def _without_empty_biases(directory: Path, model: nn.Module, source: SourceWeigh
                 f"{directory}: tensor {name!r} is not zero, and {type(model).__name__} has no such bias"
             )
     return replace(source, locations={name: at for name, at in source.locations.items() if name not in names})
+
+
+def _without_cache_scales(directory: Path, source: SourceWeights, found: Foreign) -> SourceWeights:
+    """Return the tensors less the scales of a cache that this toolkit does not have, which is said."""
+    if found.cache is None:
+        return source
+    kept = {name: at for name, at in source.locations.items() if not _CACHE_SCALE.search(name)}
+    say(
+        f"{directory}: the scales of its {found.cache} cache are left out, the weights do not need them; "
+        "`python -m quant.kv` calibrates the cache of this toolkit"
+    )
+    return replace(source, locations=kept)
 
 
 def identity_of(directory: Path) -> str:

@@ -31,13 +31,17 @@ _PARTS: Mapping[Format, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """What a foreign `quantization_config` says. group_size: None for one a row. first_version: of GPTQ's layout."""
+    """What a foreign `quantization_config` says. group_size: None for one a row. first_version: of GPTQ's layout.
+
+    cache: what kind of cache of keys and values it has scales for, "float8" or the like; None for none.
+    """
 
     kind: Format
     bits: int
     group_size: int | None
     symmetric: bool
     first_version: bool = False
+    cache: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -165,7 +169,9 @@ def _compressed_tensors(config: dict[str, Any]) -> Foreign:
     if weights["strategy"] not in ("group", "channel"):
         raise ValueError(f"strategy {weights['strategy']!r}, expected 'group' or 'channel'")
     group_size = weights["group_size"] if weights["strategy"] == "group" else None
-    return Foreign("compressed-tensors", weights["num_bits"], group_size, bool(weights["symmetric"]))
+    cache = config.get("kv_cache_scheme")
+    kept = None if cache is None else f"{cache['type']}{cache['num_bits']}"
+    return Foreign("compressed-tensors", weights["num_bits"], group_size, bool(weights["symmetric"]), cache=kept)
 
 
 def _group_size(value: int) -> int | None:

@@ -208,6 +208,32 @@ def test_biases_of_zeros_that_the_model_does_not_have_are_left_out(tiny_model: P
         load(directory)
 
 
+@pytest.mark.parametrize("scheme", [{"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}, None])
+def test_scales_of_a_cache_are_left_out_where_the_configuration_names_them(
+    scheme: dict[str, Any] | None, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "theirs"
+    reference = foreign("compressed-tensors", tiny_model, directory)
+    path = directory / "model.safetensors"
+    scales = {f"model.layers.1.self_attn.{part}_scale": torch.ones(1) for part in "qkv"}
+    scales |= {"model.layers.1.self_attn.k_zero_point": torch.zeros(1)}
+    save_file(load_file(path) | scales, path, {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (directory / "config.json").write_text(json.dumps(config))
+    if scheme is None:
+        with pytest.raises(CheckpointError, match="k_scale' is not one of the model; 0 missing, 4 unexpected"):
+            convert.opened(directory)
+        return
+    with torch.inference_mode():
+        found = load(directory, dtype=torch.float32, mode="exact")(TOKENS).logits
+        expected = reference(TOKENS).logits
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert f"{directory}: the scales of its float8 cache are left out, the weights do not" in capsys.readouterr().err
+    copy = convert.opened(directory)
+    assert json.loads((copy / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
+
+
 def test_damage_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     directory = tmp_path / "theirs"
     foreign("gptq, asymmetric", tiny_model, directory)
