@@ -26,6 +26,7 @@ from offload.errors import InputError, ResourceError, UsageError
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
 from offload.memory import FileReader
 from offload.skeleton import read_config
+from quant.export_card import gguf_description
 from quant.gguf_metadata import add_model, add_tokenizer, check_config, rope_factors
 from quant.shards import packed_linears, read_shard
 
@@ -86,6 +87,7 @@ def _write(checkpoint: Checkpoint, config: PretrainedConfig, name: str, path: Pa
     recipe, factors = checkpoint.recipe, rope_factors(config)
     writer = GGUFWriter(path, config.model_type)
     add_model(writer, config, name, _PACKED[recipe.bits, recipe.symmetric][1])
+    writer.add_description(gguf_description(checkpoint))
     add_tokenizer(writer, checkpoint.directory, config.vocab_size)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, _FLOAT, factors.nbytes)

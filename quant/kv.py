@@ -34,7 +34,8 @@ from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 _RUNTIMES = """\
   this toolkit   uses it with --kv int8
   transformers   ignores it, and loads the weights as before
-  vLLM           ignores it; kv_cache_scheme stays null, as it would switch to fp8 unasked"""
+  vLLM           ignores it; kv_cache_scheme stays null, as it would switch to fp8 unasked
+                 (`python -m quant.export --kv-export vllm-fp8` asks)"""
 
 
 @dataclass(slots=True)

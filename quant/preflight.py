@@ -19,6 +19,7 @@ from offload.planning.needs import CODE_BYTES, Needs, activation_bytes, cache_by
 from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Windows
 from quant.layer import linears
+from quant.model_card import parted
 from quant.plan import Plan
 from quant.sensitivity import average_bits, measuring_cost
 from quant.walk import Method
@@ -290,11 +291,14 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
 def _where_it_loads(plan: Plan) -> str:
     """Say where the checkpoint will load, and with how little memory it will run here."""
     here = format_bytes(smallest_memory(plan, own_memory_bytes() + CODE_BYTES))
-    others = "transformers, vLLM"
-    if not plan.grid.symmetric:  # transformers 5.23 dequantizes every linear by the first group's bits
-        wide = any(grid.bits > plan.grid.bits for grid in plan.grids.values())
-        others = "vLLM" if wide else "vLLM; transformers with dequantize=True"
-    return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens), and in {others}"
+    wide = any(grid.bits > plan.grid.bits for grid in plan.grids.values())
+    others = [] if parted(plan.skipped) else ["vLLM"]
+    if plan.grid.symmetric:
+        others.insert(0, "transformers")
+    elif not wide:  # transformers 5.23 dequantizes every linear by the first group's bits
+        others.append("transformers with dequantize=True")
+    there = f", and in {', '.join(others)}" if others else ""
+    return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens){there}"
 
 
 def smallest_memory(plan: Plan, runtime_bytes: int = RUNTIME_BYTES) -> int:

@@ -541,8 +541,16 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
         assert f"(sha256 {recipe.calibration_sha256}), seed 3" in words
         assert f"python -m offload.generate --model {name} --cpu-memory 512MiB" in words
         assert f'AutoModelForCausalLM.from_pretrained("{name}"' in words
+        assert "| this toolkit | yes |" in words
+        assert (
+            "| vLLM, SGLang | no | format `pack-quantized`; its names, shapes, dtypes and settings are held to" in words
+        )
     assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in cards["asymmetric"]
+    assert "on a CPU | yes | only with `dequantize=True`, equal bit for bit" in cards["asymmetric"]
+    assert "- transformers without `dequantize=True`: compressed-tensors since 0.18 refuses" in cards["asymmetric"]
     assert "dequantize=True" not in cards["symmetric"]
+    assert "on a CPU | yes | logits equal bit for bit" in cards["symmetric"]
+    assert "Nothing is known to fail." in cards["symmetric"]
 
     for flag, count in (("--symmetric", 1), ("--asymmetric", 0)):
         output = tmp_path / f"mixed{flag}"
@@ -551,7 +559,8 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
         words = " ".join((output / "README.md").read_text().split())
         assert f"in 4 bits ({len(Checkpoint.open(output).recipe.wide)} linears in 8), {flag[2:]}" in words
         assert words.count("AutoModelForCausalLM.from_pretrained(") == count
-        assert ("its `dequantize=True` takes all for one width" in words) == (count == 0)
+        assert ("| yes | does not open it, see below |" in words) == (count == 0)
+        assert ("- transformers: zero points and two widths; its default path refuses the" in words) == (count == 0)
 
     output = tmp_path / "rows"
     assert rtn.main(["--model", str(tiny_model), "--output", str(output), "--bits", "8", "--group-size", "row"]) == 0
