@@ -17,6 +17,7 @@ from offload.lent_layers import Crossing, LentLayers, MappedLayers
 from offload.memory import Arena, Memory
 from offload.planning.placement import Placement
 from offload.transfer import Slots
+from offload.units import SplitLayer
 
 _log = logging.getLogger(__name__)
 
@@ -25,16 +26,20 @@ _log = logging.getLogger(__name__)
 class Parts:
     """What the device's side takes from the executor.
 
-    layers, blobs: decoder layers and their shards, in order. dtype: of what is not packed, where it is computed with.
-    read: reads a shard into an arena of its own, checked. view_of: where in the model a shard in some memory belongs,
-    with what gives memory for copies, see `layer_view`. host_ring: of those on disk, or None.
+    blobs: the shards of the decoder layers, in order. staged: what of each is copied to the device ahead of use where
+    that is its tier, in parts or as one. module_of: the module that goes by a name. dtype: of what is not packed, where
+    it is computed with. read: reads a shard into an arena of its own, checked. view_of: where in the model a shard in
+    some memory belongs, with what gives memory for copies, see `layer_view`. on_disk: what is read from there in every
+    pass; host_ring: what it is read into, or None.
     """
 
-    layers: list[nn.Module]
     blobs: list[LayerBlob]
+    staged: tuple[SplitLayer, ...]
+    module_of: Callable[[str], nn.Module]
     dtype: torch.dtype
     read: Callable[[LayerBlob], Arena]
     view_of: Callable[[LayerBlob, Memory, Callable[[int], Memory]], LayerView]
+    on_disk: list[LayerBlob]
     host_ring: Slots | None
 
 
@@ -69,29 +74,33 @@ class DeviceSide:
 
     def arrange(self, parts: Parts, placement: Placement) -> None:
         """Bring every layer to its tier; those that the host computes have their weights already, or are lent them."""
-        hows, blobs, disk = placement.hows, parts.blobs, [tier == "disk" for tier in placement.tiers]
-        places = {how: [at for at, one in enumerate(hows) if one == how] for how in ("staged", "mapped", "host")}
-        for blob, how in zip(blobs, hows, strict=True):
-            if how == "resident":
-                self._views.append(self.keep(blob, parts))  # one by one: what came before the end of memory is known
-        size = max(blob.nbytes for blob in blobs)
+        staged: list[LayerBlob] = []
+        mapped: list[LayerBlob] = []
+        for blob, layer, how in zip(parts.blobs, parts.staged, placement.hows, strict=True):
+            stays = blob if how == "resident" else layer.rest if how == "staged" else None
+            if stays is not None:
+                self._views.append(self.keep(stays, parts))  # one by one: what came before the end of memory is known
+            staged += layer.parts if how == "staged" else ()
+            mapped += [blob] if how == "mapped" else []
+        size = max(blob.nbytes for layer in parts.staged for blob in layer.parts)
         slots = [self.device.allocate(size) for _ in range(placement.device_depth)]
-        scratch = self.device.allocate(size) if places["mapped"] else None
+        scratch = self.device.allocate(max(blob.nbytes for blob in parts.blobs)) if mapped else None
         self.spare = slots[0] if slots else scratch
-        copies = self._room_for_copies(parts, places)
-        kept = {at: parts.read(blobs[at]) for at in (*places["staged"], *places["mapped"]) if not disk[at]}
+        copies = self._room_for_copies(parts, staged, mapped)
+        read_in_every_pass = {blob.module for blob in parts.on_disk}
+        kept = {blob.module: parts.read(blob) for blob in (*staged, *mapped) if blob.module not in read_in_every_pass}
         ring_arenas = parts.host_ring.arenas if parts.host_ring is not None and placement.way != "host" else []
         self._pin([*kept.values(), *(arena for arena in ring_arenas if isinstance(arena, Arena))])
-        if places["staged"] and len(self._pinned) < len(kept) + len(ring_arenas):
+        if staged and len(self._pinned) < len(kept) + len(ring_arenas):
             self._bounce = Bounce(self.device)
-        lenders = self._lenders(kept, [at for at, there in enumerate(disk) if there], parts.host_ring)
-        if places["staged"]:
-            self._stage(parts, places["staged"], slots, lenders, copies)
+        lenders = self._lenders(kept, parts)
+        if staged:
+            self._stage(parts, staged, slots, lenders, copies)
         if scratch is not None:
-            self._map(parts, places["mapped"], scratch, lenders, copies)
+            self._map(parts, mapped, scratch, lenders, copies)
         crossing = Crossing(self.device.torch_device)
-        for at in places["host"]:
-            self._handles += crossing.hook(parts.layers[at])
+        for blob, how in zip(parts.blobs, placement.hows, strict=True):
+            self._handles += crossing.hook(parts.module_of(blob.module)) if how == "host" else ()
 
     @property
     def memory(self) -> list[Tensor]:
@@ -118,10 +127,12 @@ class DeviceSide:
             self._bounce.close()
         self._bounce = None
 
-    def _room_for_copies(self, parts: Parts, places: dict[str, list[int]]) -> Callable[[int], Memory]:
-        """Return what gives all layers that are lent the same memory, as each needs its copies only while it runs."""
-        needed = [copied_bytes(parts.blobs[at], parts.dtype) for at in places["staged"]]
-        needed += [copied_bytes(parts.blobs[at], parts.dtype, moved=True) for at in places["mapped"]]
+    def _room_for_copies(
+        self, parts: Parts, staged: list[LayerBlob], mapped: list[LayerBlob]
+    ) -> Callable[[int], Memory]:
+        """Return what gives all that are lent the same memory, as each needs its copies only while it runs."""
+        needed = [copied_bytes(blob, parts.dtype) for blob in staged]
+        needed += [copied_bytes(blob, parts.dtype, moved=True) for blob in mapped]
         most = max(needed, default=0)
         room = self.device.allocate(most) if most else None
 
@@ -150,47 +161,46 @@ class DeviceSide:
             )
 
     @staticmethod
-    def _lenders(kept: dict[int, Arena], on_disk: list[int], ring: Slots | None) -> dict[int, tuple[Lender, int]]:
-        """Return who lends the layers that are in memory or on disk, and as which position."""
+    def _lenders(kept: dict[str, Arena], parts: Parts) -> dict[str, tuple[Lender, int]]:
+        """Return who lends what is in memory or on disk, and as which position, by the names of modules."""
         memory = Kept(list(kept.values()))
-        lenders: dict[int, tuple[Lender, int]] = {at: (memory, position) for position, at in enumerate(kept)}
-        if ring is not None:
-            lenders |= {at: (ring, position) for position, at in enumerate(on_disk)}
+        lenders: dict[str, tuple[Lender, int]] = {name: (memory, position) for position, name in enumerate(kept)}
+        if parts.host_ring is not None:
+            lenders |= {blob.module: (parts.host_ring, position) for position, blob in enumerate(parts.on_disk)}
         return lenders
 
     def _stage(
         self,
         parts: Parts,
-        places: list[int],
+        blobs: list[LayerBlob],
         slots: list[Memory],
-        lenders: dict[int, tuple[Lender, int]],
+        lenders: dict[str, tuple[Lender, int]],
         copies: Callable[[int], Memory],
     ) -> None:
-        blobs = [parts.blobs[at] for at in places]
-        sources = {parts.blobs[at].module: lenders[at] for at in places}
+        sources = {blob.module: lenders[blob.module] for blob in blobs}
         self.copies = CopyQueue(self.device, sources, self._bounce, self.layer_copies)
         self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute)
         lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory, copies))
-        for position, at in enumerate(places):
-            self._handles += lent.hook(parts.layers[at], position)
+        for position, blob in enumerate(blobs):
+            self._handles += lent.hook(parts.module_of(blob.module), position)
 
     def _map(
         self,
         parts: Parts,
-        places: list[int],
+        blobs: list[LayerBlob],
         scratch: Memory,
-        lenders: dict[int, tuple[Lender, int]],
+        lenders: dict[str, tuple[Lender, int]],
         copies: Callable[[int], Memory],
     ) -> None:
-        for lender in {id(lender): lender for lender, _ in (lenders[at] for at in places)}.values():
-            mine = {lenders[at][1]: at for at in places if lenders[at][0] is lender}
+        for lender in {id(lender): lender for lender, _ in (lenders[blob.module] for blob in blobs)}.values():
+            mine = {lenders[blob.module][1]: blob for blob in blobs if lenders[blob.module][0] is lender}
 
-            def view_of(position: int, memory: Memory, mine: dict[int, int] = mine) -> LayerView:
-                return parts.view_of(parts.blobs[mine[position]], memory, copies)
+            def view_of(position: int, memory: Memory, mine: dict[int, LayerBlob] = mine) -> LayerView:
+                return parts.view_of(mine[position], memory, copies)
 
             lent = MappedLayers(lender, view_of, self.device, scratch)
-            for position, at in mine.items():
-                self._handles += lent.hook(parts.layers[at], position)
+            for position, blob in mine.items():
+                self._handles += lent.hook(parts.module_of(blob.module), position)
 
 
 def move_buffers(model: nn.Module, host_layers: list[nn.Module], device: torch.device) -> None:

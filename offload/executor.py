@@ -143,8 +143,9 @@ def wished_device(wishes: Wishes) -> Device | None:
 
 def _planned_on(device: Device, needs: Needs, wishes: Wishes, costs: Costs | None) -> Placement | None:
     """Return a placement on the GPU, None if it has no room and nobody asked for it. Raises ResourceError."""
+    asked = needs if wishes.gpu_word is not None else needs.unsplit()
     try:
-        return plan(needs, wishes.within(device.total_bytes), costs)
+        return replace(plan(asked, wishes.within(device.total_bytes), costs), needs=needs)
     except ResourceError as error:
         if wishes.gpu_word is not None:
             raise

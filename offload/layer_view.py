@@ -97,10 +97,8 @@ def layer_view(
     """
     copies = copied(blob, model.dtype, moved=allocate is not None and isinstance(memory, Arena))
     room = allocate(copied_bytes(blob, model.dtype, isinstance(memory, Arena))) if allocate and copies else None
-    layer, prefix = model.get_submodule(blob.module), f"{blob.module}." if blob.module else ""
     tensors = {
-        name.removeprefix(prefix): memory.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype)
-        for name, spec in blob.tensors.items()
+        name: memory.tensor(spec.offset, spec.nbytes, spec.shape, spec.dtype) for name, spec in blob.tensors.items()
     }
     packed: list[tuple[PackedLinear, PackedWeight]] = []
     others: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -109,16 +107,16 @@ def layer_view(
         codes = tensors.pop(name + PACKED).view(torch.uint8)
         scale, zero = tensors.pop(name + SCALE), tensors.pop(name + ZERO, None)
         tensors.pop(name + SHAPE, None)
-        linear = layer.get_submodule(name)
+        linear = model.get_submodule(name)
         assert isinstance(linear, PackedLinear), f"{name} was not replaced"
         weight = PackedWeight(codes, scale, zero, group_size or linear.in_features, linear.bits)
         packed.append((linear, weight))
     for name, tensor in tensors.items():
-        if name.endswith(SHAPE):  # of an expert that is read apart
+        if name.endswith(SHAPE):  # of a linear that is read apart
             continue
         owner_name, _, key = name.rpartition(".")
-        owner = layer.get_submodule(owner_name)
-        if (copy := copies.get(prefix + name)) is not None:
+        owner = model.get_submodule(owner_name)
+        if (copy := copies.get(name)) is not None:
             source, tensor = tensor, _copy_in(room, copy)
             converted.append((tensor, source))
         if key in owner._parameters:

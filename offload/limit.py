@@ -99,7 +99,8 @@ def bytes_by_link(executor: Executor) -> dict[Link, int]:
     memory: of the host, what is multiplied there and what a device reads or is sent out of it.
     """
     placement, computed, head_bytes = executor.placement, executor.layer_token_bytes, executor.head_bytes
-    sent = [blob.nbytes for blob in executor.blobs]  # whole, whichever experts are routed to
+    staged = executor.units.staged(placement.split)
+    sent = [sum(blob.nbytes for blob in layer.parts) for layer in staged]  # whichever experts are routed to
 
     def of(how: str, sizes: Sequence[int]) -> int:
         return sum(nbytes for nbytes, one in zip(sizes, placement.hows, strict=True) if one == how)

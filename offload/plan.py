@@ -139,12 +139,12 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     )
     if wishes.gpu_word is None and not wishes.anywhere:
         plan(needs, wishes)
-    machine = _machine(options)
+    machine, asked = _machine(options), wishes.gpu_word is not None
     if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device):
         wishes = _on_device(wishes, machine)
     return Subject(
         shape=Shape.of(checkpoint, units, config, dtype.itemsize, wishes),
-        needs=replace(needs, device_runtime_bytes=machine.device_runtime_bytes),
+        needs=replace(needs if asked else needs.unsplit(), device_runtime_bytes=machine.device_runtime_bytes),
         wishes=wishes,
         machine=machine,
         overheads=recall_overheads(checkpoint),
@@ -300,6 +300,7 @@ def _as_json(
         "tiers": list(placement.tiers),
         "slots": placement.depth,
         "device_slots": placement.device_depth,
+        "layers_in_parts": placement.split,
         "way_from_disk": placement.way,
         "expected_bytes": placement.expected_bytes,
         "device_bytes": placement.device_bytes,

@@ -85,9 +85,11 @@ class Executor:
         """Begin to read what is streamed, as a placement says."""
         self.placement = placement
         head_blocks = self.units.head.blocks() if self.units.head and placement.head_tiers else ()
-        passed = (*self.units.placed(placement.experts_apart), *head_blocks)
-        tiers = zip(passed, placement.units_tiers, strict=True)
-        self.streamed_blobs = [blob for blob, tier in tiers if tier == "disk"]
+        layers: list[tuple[LayerBlob, ...]] = [(blob,) for blob in self.units.placed(placement.experts_apart)]
+        if placement.way == "staged":
+            layers = [layer.parts for layer in self.units.staged(placement.split)]
+        tiers = zip((*layers, *((block,) for block in head_blocks)), placement.units_tiers, strict=True)
+        self.streamed_blobs = [blob for blobs, tier in tiers if tier == "disk" for blob in blobs]
         self.expert_blobs = [blob for layer in placement.experts_apart for blob in self.units.experts[layer]]
         self.queue = self._new_queue() if self.streamed_blobs or self.expert_blobs else None
         self.slots: Slots | None = None
@@ -304,7 +306,16 @@ class Executor:
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self.layers, self.blobs, self.model.dtype, self._read, self._view_of, self.slots)
+        return Parts(
+            blobs=self.blobs,
+            staged=self.units.staged(self.placement.split),
+            module_of=self.model.get_submodule,
+            dtype=self.model.dtype,
+            read=self._read,
+            view_of=self._view_of,
+            on_disk=self.streamed_blobs,
+            host_ring=self.slots,
+        )
 
     def _read(self, blob: LayerBlob) -> Arena:
         arena = Arena(blob.nbytes)

@@ -1,4 +1,4 @@
-"""What can be read apart from the rest of its shard: experts, the layer around them, blocks of the head's rows.
+"""What can be had apart from the rest of its shard: experts, what is around them, blocks of the head, parts of layers.
 
 A unit is the bytes of one file that are read, waited for and given back as one. Where the writer laid them out so, a
 unit is one range of its file; in older checkpoints an expert is several.
@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from kernels.packed import codes_per_word
@@ -22,6 +23,22 @@ _BLOCK_ROWS = 64
 
 _BLOCK_BYTES = 32 << 20
 """The most that a block of the head takes: smaller ones are waited for more often, larger ones leave slots empty."""
+
+
+_LEAST_OF_A_LAYER = 16
+"""What is smaller than this part of its layer stays on a device whose layers come in parts: copying it saves little."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLayer:
+    """A decoder layer in parts that a device can be given one after the other.
+
+    parts: each what one module inside the layer needs whenever it is called, in the order in which the model lists
+    them; the layer itself where it has no such parts. rest: norms and whatever else is small, None if there is nothing.
+    """
+
+    parts: tuple[LayerBlob, ...]
+    rest: LayerBlob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +85,7 @@ class Units:
 
     embedding: shard and name of a table whose rows can be left in their file, or None. head: or None if it is not
     packed. layers: the decoder layers, whole. around: each of them without its experts. experts: of each layer, those
-    of its lists one behind the other; none where it has none.
+    of its lists one behind the other; none where it has none. split: each layer in parts.
     """
 
     embedding: tuple[LayerBlob, str] | None
@@ -76,6 +93,7 @@ class Units:
     layers: tuple[LayerBlob, ...]
     around: tuple[LayerBlob, ...]
     experts: tuple[tuple[LayerBlob, ...], ...]
+    split: tuple[SplitLayer, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Checkpoint) -> "Units":
@@ -86,11 +104,16 @@ class Units:
         around = tuple(rest for rest, _ in parted)
         head = _head(model, checkpoint, min(max(blob.nbytes for blob in around), _BLOCK_BYTES))
         experts = tuple(experts for _, experts in parted)
-        return cls(plain_embedding(model, fixed), head, layers, around, experts)
+        split = tuple(_split(model, blob) for blob in layers)
+        return cls(plain_embedding(model, fixed), head, layers, around, experts, split)
 
     def placed(self, experts_apart: Collection[int]) -> tuple[LayerBlob, ...]:
         """Return the layers as they are read where the experts of some are apart."""
         return tuple((self.around if at in experts_apart else self.layers)[at] for at in range(len(self.layers)))
+
+    def staged(self, split: bool) -> tuple[SplitLayer, ...]:
+        """Return the layers as they are copied to a device: in parts, or each as one."""
+        return self.split if split else tuple(SplitLayer((blob,)) for blob in self.layers)
 
 
 def part(blob: LayerBlob, specs: Mapping[str, TensorSpec], module: str) -> LayerBlob:
@@ -147,6 +170,47 @@ def _head(model: PreTrainedModel, checkpoint: Checkpoint, block_bytes: int) -> H
                 block_rows = max(1, int(block_bytes / row_bytes) // _BLOCK_ROWS) * _BLOCK_ROWS
                 return replace(head, block_rows=block_rows)
     return None
+
+
+def _split(model: PreTrainedModel, blob: LayerBlob) -> SplitLayer:
+    """Return a layer in parts of at most half of it, as far as its modules are called one by one."""
+    modules = _modules_apart(model.get_submodule(blob.module), blob.module, blob)
+    if len(modules) < 2:
+        return SplitLayer((blob,))
+    parted = [_tensors_below(name, blob) for name in modules]
+    names = {name for specs in parted for name in specs}
+    parts = (part(blob, specs, name) for specs, name in zip(parted, modules, strict=True))
+    return SplitLayer(tuple(parts), without(blob, names))
+
+
+def _modules_apart(module: nn.Module, name: str, blob: LayerBlob) -> list[str]:
+    """Return the names of modules inside one of a layer that hold most of it; none if it is better left in one."""
+    if isinstance(module, nn.ModuleList):  # its members are called in whichever order, or not at all
+        return []
+    found: list[str] = []
+    for child_name, child in module.named_children():
+        inner = f"{name}.{child_name}"
+        nbytes = _nbytes(_tensors_below(inner, blob))
+        if nbytes * _LEAST_OF_A_LAYER < blob.nbytes:
+            continue
+        if type(child).forward is nn.Module.forward:  # nobody calls it
+            return []
+        smaller = _modules_apart(child, inner, blob) if nbytes * 2 > blob.nbytes else []
+        found += smaller if len(smaller) > 1 else [inner]
+    return found
+
+
+def _tensors_below(name: str, blob: LayerBlob) -> dict[str, TensorSpec]:
+    """Return what a module takes of a shard, but for shapes, which say nothing that is not known."""
+    return {
+        tensor: spec
+        for tensor, spec in blob.tensors.items()
+        if tensor.startswith(f"{name}.") and not tensor.endswith(SHAPE)
+    }
+
+
+def _nbytes(specs: Mapping[str, TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs.values())
 
 
 def _part_experts(model: PreTrainedModel, blob: LayerBlob) -> tuple[LayerBlob, tuple[LayerBlob, ...]]:

@@ -130,8 +130,8 @@ def device_offers(checkpoint: "Checkpoint", available_bytes: int, device: "Devic
     """
     on_device = checkpoint.nbytes < device.total_bytes - device.used_bytes
     names = ["resident", "half staged"] if on_device else []
-    names += ["staged"] if checkpoint.nbytes < available_bytes else []
-    names.append("disk to staged")
+    names += ["staged", "staged in parts"] if checkpoint.nbytes < available_bytes else []
+    names += ["disk to staged", "disk to staged in parts"]
     found = [Offer(f"GPU: {name}", {"device_map": "auto"}, "device", name) for name in names]
     names = (["mapped"] if checkpoint.nbytes < available_bytes else []) + ["disk to mapped"]
     return found + [Offer(f"GPU: {name}", {"device_map": "auto"}, "mapped", name) for name in names]

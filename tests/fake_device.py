@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 
 from kernels.attention import CompiledAttention, DequantizedAttention, append_tokens
 from kernels.kv_block import BLOCK_TOKENS, KVBlocks
@@ -89,7 +89,6 @@ class FakeDevice:
         self.regions: list[Region] = []
         self.pinned: dict[int, Region] = {}
         self.waited_in: list[str] = []
-        self._dequantized: list[Memory] = []
         self._clocks: dict[str, Clock] = {}
         self._pending: list[tuple[int, Tensor, Tensor]] = []
 
@@ -215,15 +214,12 @@ class FakeDevice:
                 for stream in ("copy", "compute"):
                     join(self.clock_of(waiting), self.clock_of(stream))
 
-    def begin_product(self, linear: PackedLinear, x: Tensor) -> None:
+    def multiply(self, linear: PackedLinear, x: Tensor) -> None:
         """Take what a product of many activations takes while it runs, where the weight is the device's to read."""
         assert linear.packed is not None, "it is attached"
         address, many = linear.packed.codes.data_ptr(), x.numel() // x.shape[-1] > self.fused_batch
         if many and (self._region(address, self.regions) or self._region(address)):
-            self._dequantized.append(self.allocate(linear.in_features * linear.out_features * x.dtype.itemsize))
-
-    def end_product(self) -> None:
-        self._dequantized.clear()
+            self.allocate(linear.in_features * linear.out_features * x.dtype.itemsize)
 
     def kernel_reads(self, tensor: Tensor) -> None:
         with self.lock:
@@ -266,27 +262,23 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) 
         device.host_writes(ctypes.addressof(ctypes.c_char.from_buffer(target)))
         read_into(reader, path, offset, nbytes, target)
 
-    def touch(module: nn.Module, arguments: Any) -> None:
+    def touch(module: nn.Module, arguments: Any, _: Any) -> None:
+        """Before a hook of the module takes its weights away, and not before one brought them."""
         packed = module.packed if isinstance(module, PackedLinear) else None
         held = [] if packed is None else [packed.codes, packed.scale]
         held += [tensor for tensor in module._parameters.values() if tensor is not None and not tensor.is_meta]
         for tensor in held:
             device.kernel_reads(tensor)
         if isinstance(module, PackedLinear) and packed is not None:
-            device.begin_product(module, arguments[0])
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        if isinstance(module, PackedLinear):
-            device.end_product()
+            device.multiply(module, arguments[0])
 
     monkeypatch.setattr(FileReader, "read_into", watched)
     monkeypatch.setattr("offload.executor.find_device", lambda: device)
-    handles = [register_module_forward_pre_hook(touch), register_module_forward_hook(leave, always_call=True)]
+    handle = register_module_forward_hook(touch)
     try:
         yield device
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
 from offload.executor import executor_of, load
 from offload.linear import PackedLinear
-from offload.memory import Arena
+from offload.memory import Arena, whole_pages
 from offload.planning import needs as needs_module
 from offload.planning import words as words_module
 from offload.planning.placement import Placement
@@ -45,12 +45,17 @@ def run(model: PreTrainedModel) -> list[Tensor]:
 def page_rounding(model: PreTrainedModel) -> int:
     """What a plan counts of layers and slots on the GPU for whole pages, which only host memory comes in."""
     executor = executor_of(model)
-    placement, sizes = executor.placement, [blob.nbytes for blob in executor.blobs]
-    planned = placement.needs.layers_bytes
-    more = [pages - size for pages, size in zip(planned, sizes, strict=True)]
-    resident = sum(nbytes for nbytes, tier in zip(more, placement.tiers, strict=True) if tier == "resident")
-    slots = placement.device_depth + ("mapped" in placement.hows)
-    return resident + slots * (max(planned) - max(sizes))
+    placement, units = executor.placement, executor.units
+    rests = [layer.rest for layer in units.staged(placement.split)]
+    stay = [
+        blob if how == "resident" else rest
+        for how, blob, rest in zip(placement.hows, units.layers, rests, strict=True)
+        if how == "resident" or (how == "staged" and rest is not None)
+    ]
+    pass_through = [part for layer in units.staged(placement.split) for part in layer.parts]
+    slots = placement.device_depth * [max(pass_through, key=lambda part: part.nbytes)]
+    slots += ("mapped" in placement.hows) * [max(units.layers, key=lambda layer: layer.nbytes)]
+    return sum(whole_pages(blob.nbytes) - blob.nbytes for blob in (*stay, *slots))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +177,9 @@ def test_what_is_printed_and_refused_adds_up(name: str, tiny_checkpoint: Path, m
     monkeypatch.setattr(
         words_module, "_refusal", lambda _, __, least, parts: str(sums.append((sum(n for n, _ in parts), least)))
     )
-    decided = {field: getattr(placement, field) for field in ("tiers", "depth", "needs", "device_depth", "way")}
+    decided = {
+        field: getattr(placement, field) for field in ("tiers", "depth", "needs", "device_depth", "way", "split")
+    }
     too_small(Placement(**decided, budget_bytes=None, device_budget_bytes=1))
     too_small(Placement(**decided, budget_bytes=1))
     assert len(sums) == 2

@@ -26,7 +26,10 @@ from offload.session import Prompts, Session
 
 pytestmark = pytest.mark.timeout(120)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-STARTS = ["resident", "staged, 2 slots", "disk into staged, 2 slots", "mapped and disk into mapped", "host"]
+STARTS = [
+    *("resident", "staged, 2 slots", "staged in parts, 2 slots", "disk into staged, 2 slots"),
+    *("disk and memory into staged in parts", "mapped and disk into mapped", "host"),
+]
 __all__ = ["expected"]
 
 
@@ -58,20 +61,27 @@ def check_memory(model: PreTrainedModel, device: FakeDevice) -> None:
     gc.collect()
     executor = executor_of(model)
     placement, blobs = executor.placement, executor.blobs
-    sizes = {blob.module: blob.nbytes for blob in blobs}
-    on_device = sum(sizes[blob.module] for blob, tier in zip(blobs, placement.tiers, strict=True) if tier == "resident")
-    slots = placement.device_depth + ("mapped" in placement.hows)
+    staged = executor.units.staged(placement.split)
+    on_device = sum(blob.nbytes for blob, tier in zip(blobs, placement.tiers, strict=True) if tier == "resident")
+    on_device += sum(
+        layer.rest.nbytes for layer, how in zip(staged, placement.hows, strict=True) if how == "staged" and layer.rest
+    )
+    slots = placement.device_depth * max(part.nbytes for layer in staged for part in layer.parts)
+    slots += ("mapped" in placement.hows) * max(blob.nbytes for blob in blobs)
     around = sum(blob.nbytes for blob in executor.checkpoint.blobs if not blob.module)
-    copies = placement.device_copies_bytes
-    assert device.held_bytes == around + on_device + slots * max(sizes.values()) + copies
-    pinned = sum(tier in ("staged", "mapped") for tier in placement.tiers)
+    assert device.held_bytes == around + on_device + slots + placement.device_copies_bytes
+    pinned = placement.tiers.count("mapped")
+    pinned += sum(len(layer.parts) for layer, tier in zip(staged, placement.tiers, strict=True) if tier == "staged")
     ring = placement.depth if "disk" in placement.tiers and placement.way != "host" else 0
     assert len(device.pinned) == pinned + ring
-    for layer, how in zip(executor.layers, placement.hows, strict=True):
+    for layer, parts, how in zip(executor.layers, staged, placement.hows, strict=True):
         hooks = [
-            hook for hook in layer._forward_pre_hooks.values() if not isinstance(getattr(hook, "__self__", None), Full)
+            hook
+            for module in layer.modules()
+            for hook in module._forward_pre_hooks.values()
+            if not isinstance(getattr(hook, "__self__", None), Full)
         ]
-        assert len(hooks) == (how != "resident"), how
+        assert len(hooks) == {"resident": 0, "staged": len(parts.parts)}.get(how, 1), how
 
 
 @pytest.mark.parametrize(

@@ -28,40 +28,52 @@ def plan(needs: Needs, wishes: Wishes | int | None, costs: Costs | None = None) 
 
     wishes: or a budget for the process in bytes, None for no limit. Without costs the ring has as many slots as fit, at
     most three, and everything else is kept. Never streams what fits, and uses the whole GPU before it streams a byte.
-    Raises ResourceError naming the smallest budget that would do.
+    Layers go to the GPU in parts only where whole ones find no room at all. Raises ResourceError naming the smallest
+    budget that would do.
     """
     if not isinstance(wishes, Wishes):
         wishes = Wishes(cpu_bytes=wishes)
-    found = _with_device(needs, wishes) if wishes.gpu_word else _without_device(needs, wishes)
-    candidates = list(dict.fromkeys(found))  # without layers on disk, rings of any depth are the same
-    fitting = [placement for placement in candidates if placement.fits]
-    if not fitting:
-        raise ResourceError(too_small(min(candidates, key=_shortage_bytes)))
-    first = fitting[0]
-    if costs is None or (set(first.tiers) in ({"host"}, {"resident"}) and not first.disk_bytes):
-        return first
-    return min(fitting, key=lambda placement: (placement.seconds(costs), placement.streamed_bytes))
+    candidates: list[Placement] = []
+    for ways in (_with_device, _with_device_in_parts) if wishes.gpu_word else (_without_device,):
+        found = list(dict.fromkeys(ways(needs, wishes)))  # without layers on disk, rings of any depth are the same
+        if (fastest := _fastest(found, costs)) is not None:
+            return fastest
+        candidates += found
+    raise ResourceError(too_small(min(candidates, key=_shortage_bytes)))
 
 
 def plan_smaller(placement: Placement, wishes: Wishes, costs: Costs | None = None) -> Placement:
     """Return the fastest placement with a smaller share on the GPU than one that did not fit there after all.
 
-    Smaller by a layer at least, and by a quarter of what the layers take there, as each attempt moves all of them.
-    Raises ResourceError if there is none.
+    Smaller by a slot at least, and by a quarter of what the layers take there, as each attempt moves all of them; where
+    that leaves no room for a slot, with layers in parts, as little smaller as can be. Raises ResourceError if there is
+    none.
     """
     held, needs = placement.layers_device_bytes, placement.needs
-    budget = placement.device_bytes - max(*needs.layers_bytes, held // _SMALLER_BY)
+    budget = placement.device_bytes - max(placement.device_slot_bytes, held // _SMALLER_BY)
     mapped = 0 if wishes.layers is None else wishes.layers.count("gpu")
     for device_layers in range(mapped, -1, -1):
         try:
             return plan(needs, wishes.with_less(budget, device_layers), costs)
         except ResourceError as error:
             refused = error
+    in_parts = _with_device_in_parts(needs, wishes.with_less(placement.device_bytes - 1, 0))
+    if (fastest := _fastest(list(in_parts), costs)) is not None:
+        return fastest
     raise ResourceError(
         f"the GPU ran out of memory with {format_bytes(placement.device_bytes)} of it planned for, and a smaller share "
         f"of the model there cannot be had ({refused}); free memory of the GPU, give a shorter context, or leave the "
         "GPU out"
     )
+
+
+def _fastest(candidates: list[Placement], costs: Costs | None) -> Placement | None:
+    """Return the fastest that keeps its budgets, the first of them without costs; None if none does."""
+    fitting = [placement for placement in candidates if placement.fits]
+    first = fitting[0] if fitting else None
+    if costs is None or first is None or (set(first.tiers) in ({"host"}, {"resident"}) and not first.disk_bytes):
+        return first
+    return min(fitting, key=lambda placement: (placement.seconds(costs), placement.streamed_bytes))
 
 
 def _shortage_bytes(placement: Placement) -> int:
@@ -152,17 +164,26 @@ def _with_device(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
     yield from (placement for placement in _with_device_slots(needs, wishes, 1) if placement.device_depth)
 
 
-def _with_device_slots(needs: Needs, wishes: Wishes, device_depth: int) -> Iterator[Placement]:
+def _with_device_in_parts(needs: Needs, wishes: Wishes) -> Iterator[Placement]:
+    """Yield those that copy layers to the GPU, in parts; none if the model has none."""
+    for depth in (_DEVICE_DEPTH, 1) if needs.split is not None else ():
+        found = _with_device_slots(needs, wishes, depth, split=True)
+        yield from (placement for placement in found if placement.device_depth)
+
+
+def _with_device_slots(needs: Needs, wishes: Wishes, device_depth: int, split: bool = False) -> Iterator[Placement]:
     ways: list[tuple[Way, float]] = [("host", 0.0), ("mapped", 0.0), ("staged", 1.0)]
     ways += [("host", share / _MIXES) for share in range(1, _MIXES)]
     for way, staged_share in ways:
         for depth in _depths(wishes, len(needs.layers_bytes)):
-            placement = _filled(needs, wishes, way, staged_share, depth, device_depth)
+            placement = _filled(needs, wishes, way, staged_share, depth, device_depth, split)
             if placement.uses_device and (placement.device_depth or not staged_share):  # else it is no mix at all
                 yield placement
 
 
-def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: int, device_depth: int) -> Placement:
+def _filled(
+    needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: int, device_depth: int, split: bool
+) -> Placement:
     """Return the placement with the most layers on the GPU, then the fewest on disk, whether it fits or not."""
     count = len(needs.layers_bytes)
 
@@ -171,7 +192,7 @@ def _filled(needs: Needs, wishes: Wishes, way: Way, staged_share: float, depth: 
         tiers = _arranged(count, resident, on_disk, staged, way, wishes)
         copied = tiers.count("staged") + (tiers.count("disk") if way == "staged" else 0)
         slots, device_slots = min(depth, tiers.count("disk")), min(device_depth, copied)
-        return Placement(tiers, slots, needs, wishes.cpu_bytes, device_slots, wishes.gpu_bytes, way)
+        return Placement(tiers, slots, needs, wishes.cpu_bytes, device_slots, wishes.gpu_bytes, way, split=split)
 
     def fewest_on_disk(resident: int) -> int:
         if wishes.layers is not None:

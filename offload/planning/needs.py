@@ -44,6 +44,30 @@ class ExpertNeeds:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitNeeds:
+    """Decoder layers that can be copied to a GPU in parts, an entry a layer, in bytes.
+
+    parts: of each, as they lie in host memory. rest: what stays on the GPU of a layer that comes in parts. converted,
+    rest_converted: copies of what is wanted in another dtype than it has, the most of any part, and those of the rest.
+    """
+
+    parts_bytes: tuple[tuple[int, ...], ...]
+    rest_bytes: tuple[int, ...]
+    converted_bytes: tuple[int, ...]
+    rest_converted_bytes: tuple[int, ...]
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest part."""
+        return max(map(max, self.parts_bytes))
+
+    @property
+    def shares(self) -> tuple[tuple[float, ...], ...]:
+        """What each part is of its layer."""
+        return tuple(tuple(nbytes / sum(parts) for nbytes in parts) for parts in self.parts_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceScratch:
     """What computing on a GPU takes beside weights as they lie in their files, in bytes.
 
@@ -77,7 +101,8 @@ class Needs:
     host memory. activations: the largest pass. layers: one entry a decoder layer, in order.
     device_runtime: what a GPU's memory holds before any tensor; device: what is taken there beside weights. embedding:
     what of the fixed bytes is a table that can stay on disk. head_blocks: what of them is the head, in blocks that can
-    be streamed; none if it cannot. experts: what of the layers are experts, None if they have none.
+    be streamed; none if it cannot. experts: what of the layers are experts, None if they have none. split: the layers
+    in parts, None if no part is smaller than a layer.
     """
 
     runtime_bytes: int
@@ -91,6 +116,7 @@ class Needs:
     experts: ExpertNeeds | None = None
     shelf_bytes: int = 0
     device: DeviceScratch = DeviceScratch()
+    split: SplitNeeds | None = None
 
     def without_embedding(self) -> "Needs":
         """Return what is needed when the embeddings are left on disk."""
@@ -106,6 +132,10 @@ class Needs:
             return self
         around = enumerate(zip(self.layers_bytes, self.experts.around_bytes, strict=True))
         return replace(self, layers_bytes=tuple(less if at in layers else whole for at, (whole, less) in around))
+
+    def unsplit(self) -> "Needs":
+        """Return the same of layers that are not to be had in parts: nobody asked for a GPU that is too small."""
+        return replace(self, split=None)
 
     @property
     def around_bytes(self) -> int:
@@ -170,6 +200,7 @@ def count_needs(
         experts=expert_needs(config, units),
         shelf_bytes=away,
         device=device_scratch(checkpoint, dtype),
+        split=split_needs(units, dtype),
     )
 
 
@@ -194,6 +225,20 @@ def device_scratch(checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceScratch:
         shard_bytes=max((whole_pages(blob.nbytes) for blob in around), default=0),
         bounce_bytes=BOUNCE_BUFFERS * BOUNCE_BYTES,
     )
+
+
+def split_needs(units: Units, dtype: torch.dtype) -> SplitNeeds | None:
+    """Return what layers in parts take of a GPU, in a model of a dtype, None if that is no less than in one."""
+    found = SplitNeeds(
+        parts_bytes=tuple(tuple(whole_pages(part.nbytes) for part in layer.parts) for layer in units.split),
+        rest_bytes=tuple(0 if layer.rest is None else whole_pages(layer.rest.nbytes) for layer in units.split),
+        converted_bytes=tuple(max(copied_bytes(part, dtype) for part in layer.parts) for layer in units.split),
+        rest_converted_bytes=tuple(
+            0 if layer.rest is None else copied_bytes(layer.rest, dtype) for layer in units.split
+        ),
+    )
+    largest = max(whole_pages(blob.nbytes) for blob in units.layers)
+    return found if found.slot_bytes < largest else None
 
 
 def _held_bytes(blob: LayerBlob, dtype: torch.dtype) -> int:

@@ -44,7 +44,7 @@ def draw_plan(name: str, placement: Placement, prediction: Prediction) -> str:
 
 def _draw_layers(drawn: list[str], placement: Placement, y: float) -> float:
     """Draw a box for every layer, forty in a row, and a key; return where the next begins."""
-    tiers, sizes = placement.tiers, placement.needs.layers_bytes
+    tiers, sizes = placement.tiers, placement.layers_bytes
     columns = min(len(tiers), 40)
     step = (_RIGHT - _LEFT) / columns
     drawn.append(text(_LEFT, y, f"{len(tiers)} layers"))

@@ -7,9 +7,9 @@ own. With a GPU a layer is `resident` there, `staged` (copied from pinned memory
 norms and head are on the device if any layer is. A budget is one for the whole process, Python and the libraries in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from offload.planning.needs import Needs
+from offload.planning.needs import Needs, SplitNeeds
 from offload.planning.predict import Costs, Tier, Way, walk
 
 
@@ -20,7 +20,8 @@ class Placement:
     needs: of what is in memory, so without the embeddings if they are on disk, without a head or experts that are
     apart. device_depth: slots on the GPU for what is copied there. way: what becomes of a layer that was read from
     disk. head_tiers: of the blocks of the head; none if it is one whole, in memory. experts_apart: layers whose experts
-    are fetched when they are routed to, into expert_slots slots, which all of them share.
+    are fetched when they are routed to, into expert_slots slots, which all of them share. split: whether what is copied
+    to the GPU goes there in parts of layers, through slots of the largest part's size.
     """
 
     tiers: tuple[Tier, ...]
@@ -34,6 +35,7 @@ class Placement:
     head_tiers: tuple[Tier, ...] = ()
     experts_apart: tuple[int, ...] = ()
     expert_slots: int = 0
+    split: bool = False
 
     @property
     def uses_device(self) -> bool:
@@ -47,7 +49,16 @@ class Placement:
 
     def bytes_in(self, *tiers: Tier) -> int:
         """Return the bytes of the layers, and of the head's blocks, in these tiers."""
-        return sum(nbytes for nbytes, tier in zip(self.units_bytes, self.units_tiers, strict=True) if tier in tiers)
+        sizes = self.layers_bytes + self.units_bytes[len(self.tiers) :]
+        return sum(nbytes for nbytes, tier in zip(sizes, self.units_tiers, strict=True) if tier in tiers)
+
+    @property
+    def layers_bytes(self) -> tuple[int, ...]:
+        """Bytes of the layers as they lie in their tiers: of one that goes to the GPU in parts, those of its parts."""
+        layers = list(self.needs.layers_bytes)
+        for at in self._in_parts:
+            layers[at] = sum(self._split.parts_bytes[at])
+        return tuple(layers)
 
     @property
     def units_tiers(self) -> tuple[Tier, ...]:
@@ -56,7 +67,7 @@ class Placement:
 
     @property
     def units_bytes(self) -> tuple[int, ...]:
-        """Bytes of the same."""
+        """Bytes of the same, each as one."""
         return self.needs.layers_bytes + (self.needs.head_blocks_bytes if self.head_tiers else ())
 
     @property
@@ -78,7 +89,9 @@ class Placement:
     @property
     def slots_bytes(self) -> int:
         """Bytes of the ring in host memory."""
-        return self.depth * max(self.units_bytes) if "disk" in self.units_tiers else 0
+        if "disk" not in self.units_tiers:
+            return 0
+        return self.depth * (self.device_slot_bytes if self.split and self.way == "staged" else max(self.units_bytes))
 
     @property
     def expert_slots_bytes(self) -> int:
@@ -128,7 +141,8 @@ class Placement:
         if not self.uses_device:
             return 0
         layers = zip(self.needs.layers_bytes, self.tiers, strict=True)
-        layer = max((nbytes for nbytes, tier in layers if tier == "resident"), default=0)
+        staying = [nbytes for nbytes, tier in layers if tier == "resident"]
+        layer = max(staying + [self._split.rest_bytes[at] for at in self._in_parts], default=0)
         kept = self.bytes_in("host", "staged", "mapped")
         return max(0, max(self.needs.device.shard_bytes, layer - kept) - self.needs.working_bytes)
 
@@ -145,7 +159,14 @@ class Placement:
     @property
     def device_copies_bytes(self) -> int:
         """Copies on the GPU of what layers cannot use there as it lies: norms and biases, mostly."""
-        return self.needs.device.copies_bytes(self.hows)
+        scratch, rest_bytes = self.needs.device, 0
+        if self._in_parts:
+            converted = list(scratch.converted_bytes)
+            for at in self._in_parts:
+                converted[at] = self._split.converted_bytes[at]
+                rest_bytes += self._split.rest_converted_bytes[at]
+            scratch = replace(scratch, converted_bytes=tuple(converted))
+        return rest_bytes + scratch.copies_bytes(self.hows)
 
     @property
     def device_loading_bytes(self) -> int:
@@ -157,8 +178,28 @@ class Placement:
     @property
     def layers_device_bytes(self) -> int:
         """What layers take on the GPU: those that are there, slots for others, and one for prompts of mapped ones."""
-        slots = self.device_depth + ("mapped" in self.hows)
-        return self.bytes_in("resident") + slots * max(self.needs.layers_bytes)
+        prompts = max(self.needs.layers_bytes) if "mapped" in self.hows else 0
+        slots = self.device_depth * self.device_slot_bytes
+        return self.bytes_in("resident") + self.rest_bytes + slots + prompts
+
+    @property
+    def device_slot_bytes(self) -> int:
+        """Each of the slots on the GPU: the largest layer, or the largest part where they come in parts."""
+        return self._split.slot_bytes if self.split else max(self.needs.layers_bytes)
+
+    @property
+    def rest_bytes(self) -> int:
+        """What stays on the GPU of layers that come in parts."""
+        return sum(self._split.rest_bytes[at] for at in self._in_parts)
+
+    @property
+    def _split(self) -> SplitNeeds:
+        assert self.needs.split is not None, "only a model that has parts is split"
+        return self.needs.split
+
+    @property
+    def _in_parts(self) -> list[int]:
+        return [at for at, how in enumerate(self.hows) if how == "staged"] if self.split else []
 
     @property
     def device_shortage_bytes(self) -> int:
@@ -189,7 +230,13 @@ class Placement:
             costs = costs.with_experts_apart(self.experts_apart, self.missed_share)
         if self.head_tiers:
             costs = costs.with_head_apart()
-        passed = walk(self.units_tiers, costs, self.depth, self.device_depth, self.way).seconds
+        if self.split:
+            whole, parts = (1.0,), self._in_parts
+            shares = [share if at in parts else whole for at, share in enumerate(self._split.shares)]
+            tiers = [tier for tier, each in zip(self.tiers, shares, strict=True) for _ in each]
+            passed = walk(tiers, costs.in_parts(shares), self.depth, self.device_depth, self.way).seconds
+        else:
+            passed = walk(self.units_tiers, costs, self.depth, self.device_depth, self.way).seconds
         if not costs.cache_read_seconds:
             return passed
         if self.uses_device:

@@ -68,6 +68,23 @@ class Costs:
             outside_seconds=max(0.0, self.outside_seconds - sum(self.head_seconds)),
         )
 
+    def in_parts(self, shares: Sequence[Sequence[float]]) -> "Costs":
+        """Return the costs where each layer is several, of these shares of it."""
+
+        def parted(seconds: tuple[float, ...]) -> tuple[float, ...]:
+            each = zip(seconds, shares, strict=True) if seconds else ()
+            return tuple(whole * share for whole, parts in each for share in parts)
+
+        return replace(
+            self,
+            host_seconds=parted(self.host_seconds),
+            read_seconds=parted(self.read_seconds),
+            device_seconds=parted(self.device_seconds),
+            mapped_seconds=parted(self.mapped_seconds),
+            copy_seconds=parted(self.copy_seconds),
+            fetch_seconds=parted(self.fetch_seconds),
+        )
+
     def of(self, how: Tier) -> tuple[float, ...]:
         """Return the seconds of computing each layer in a way."""
         if how == "host":

@@ -24,7 +24,10 @@ from offload.planning.wishes import WishWords
 
 _MOST_STEPS, _LEAST_STEPS = 24, 4
 _RUN_SECONDS = 4.0
-_DECIDED = ("tiers", "depth", "device_depth", "way", "embedding_on_disk", "head_tiers", "experts_apart", "expert_slots")
+_DECIDED = (
+    *("tiers", "depth", "device_depth", "way", "split"),
+    *("embedding_on_disk", "head_tiers", "experts_apart", "expert_slots"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Trial:
     disk: DiskRate | None = None
     device_depth: int = 0
     way: Way = "host"
+    split: bool = False
     embedding_on_disk: bool = False
     head_tiers: tuple[Tier, ...] = ()
     experts_apart: tuple[int, ...] = ()

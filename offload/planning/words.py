@@ -27,7 +27,7 @@ def too_small(placement: Placement) -> str:
             (placement.device_cache_bytes, "for keys and values"),
             (needs.working_bytes, "for activations and reserve"),
             *((part.nbytes, f"for {part.what}") for part in _device_scratch(placement)),
-            (placement.layers_device_bytes, "for layers"),
+            (placement.layers_device_bytes, "for layers, copied in parts" if placement.split else "for layers"),
         ]
         return _refusal("--gpu-memory", placement.device_budget_bytes, placement.device_bytes, parts)
     assert placement.budget_bytes is not None, "without a budget there is no shortage"
@@ -107,7 +107,12 @@ def parts_on_device(placement: Placement) -> list[Part]:
         Part("activations and reserve", needs.working_bytes),
         *_device_scratch(placement),
         *_layer_parts(placement, {"resident": "on the GPU"}),
-        Part(_device_ring(placement), placement.device_depth * max(needs.layers_bytes), "staged"),
+        *(
+            [Part("norms and the like of layers that are copied in parts", placement.rest_bytes)]
+            if placement.split
+            else []
+        ),
+        Part(_device_ring(placement), placement.device_depth * placement.device_slot_bytes, "staged"),
     ]
     if "mapped" in placement.hows:
         prompts = "one more, for prompts of layers read across the bus"
@@ -125,9 +130,11 @@ def describe(placement: Placement) -> str:
 
 
 def _device_ring(placement: Placement) -> str:
+    split = placement.needs.split if placement.split else None
     if placement.device_depth == 1:
-        return "one slot: no layer is copied while another is computed"
-    return f"ring of {placement.device_depth} slots"
+        return f"one slot: no {'layer' if split is None else 'part of a layer'} is copied while another is computed"
+    ring = f"ring of {placement.device_depth} slots"
+    return ring if split is None else f"{ring} for layers in {max(map(len, split.parts_bytes))} parts"
 
 
 def _around(placement: Placement) -> str:
@@ -158,7 +165,7 @@ def _apart_parts(placement: Placement) -> list[Part]:
 
 def _layer_parts(placement: Placement, words: dict[Tier, str]) -> list[Part]:
     count, tiers = len(placement.tiers), placement.tiers
-    bytes_of = placement.needs.layers_bytes
+    bytes_of = placement.layers_bytes
     return [
         Part(
             f"{tiers.count(tier)} of {count} layers, {what}",
