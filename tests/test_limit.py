@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from offload import limit as limit_module
 from offload.executor import executor_of, load
 from offload.limit import bounding, bytes_by_link, measure_limit, measure_links
+from offload.memory import whole_pages
 from offload.planning.placement import Placement
 
 LAYERS = 3
@@ -63,11 +64,16 @@ def test_every_link_carries_what_a_token_takes_over_it(
         hows, layer = executor.placement.hows, executor.blobs[0].nbytes
         head = executor.head_memory.nbytes
         assert {blob.nbytes for blob in executor.blobs} == {layer}
-        crossing = hows.count("staged") + hows.count("mapped")
+        copied, from_disk = layer, executor.placement.needs.layers_bytes[0]
+        if executor.placement.split:
+            parts = [part.nbytes for part in executor.units.split[0].parts]
+            copied = sum(parts)
+            from_disk = sum(map(whole_pages, parts)) if executor.placement.way == "staged" else from_disk
+        crossing = hows.count("staged") * copied + hows.count("mapped") * layer
         assert bytes_by_link(executor) == {
-            "disk": executor.placement.tiers.count("disk") * executor.placement.needs.layers_bytes[0],
-            "bus": crossing * layer,
-            "memory": (crossing + hows.count("host")) * layer,
+            "disk": executor.placement.tiers.count("disk") * from_disk,
+            "bus": crossing,
+            "memory": crossing + hows.count("host") * layer,
             "device memory": (hows.count("resident") + hows.count("staged")) * layer + head,
         }
         for link in measure_links(executor):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offload.command import parse_bytes
 from offload.errors import ResourceError
 from offload.planning.choice import plan
-from offload.planning.needs import Needs
+from offload.planning.needs import Needs, SplitNeeds
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords
@@ -20,6 +20,15 @@ MIB = 1 << 20
 LAYER = 20 * MIB
 COUNT = 12
 NEEDS = Needs(400 * MIB, 50 * MIB, 36 * MIB, 30 * MIB, (LAYER,) * COUNT, 300 * MIB)
+IN_PARTS = dataclasses.replace(
+    NEEDS,
+    split=SplitNeeds(
+        parts_bytes=((4 * MIB, 5 * MIB, 5 * MIB, 6 * MIB),) * COUNT,
+        rest_bytes=(MIB // 8,) * COUNT,
+        converted_bytes=(0,) * COUNT,
+        rest_converted_bytes=(0,) * COUNT,
+    ),
+)
 HOST_AROUND = NEEDS.around_bytes
 DEVICE_AROUND = (300 + 50 + 36 + 30 + 8) * MIB
 HOST_BESIDE_DEVICE = (400 + 30 + 8) * MIB
@@ -217,3 +226,63 @@ def test_one_slot_on_the_gpu_where_two_do_not_fit_and_the_bus_is_fast() -> None:
         assert other.device_depth != 1
     with pytest.raises(ResourceError, match=r"--gpu-memory .* too small"):
         plan(NEEDS, Wishes(gpu_bytes=DEVICE_AROUND - NEEDS.cache_bytes), fast_bus)
+
+
+@settings(deadline=None, max_examples=40)
+@given(MACHINES, st.booleans(), st.integers(-40, 8 * LAYER // MIB), st.integers(0, COUNT), st.integers(0, 2))
+def test_what_fits_whole_is_planned_as_if_there_were_no_parts(
+    costs: Costs, measured: bool, gpu_mib: int, cpu: int, resident: int
+) -> None:
+    wishes = Wishes(
+        cpu_bytes=HOST_BESIDE_DEVICE + (cpu + 1) * LAYER,
+        gpu_bytes=DEVICE_AROUND + gpu_mib * MIB,
+        gpu_layers=resident or None,
+    )
+    try:
+        whole = plan(NEEDS, wishes, costs if measured else None)
+    except ResourceError:
+        try:
+            assert plan(IN_PARTS, wishes, costs if measured else None).split
+        except ResourceError:
+            return
+    else:
+        assert plan(IN_PARTS, wishes, costs if measured else None) == dataclasses.replace(whole, needs=IN_PARTS)
+
+
+@pytest.mark.parametrize("costs", [None, DESKTOP])
+def test_parts_find_room_where_no_layer_does_and_the_refusal_counts_on_them(costs: Costs | None) -> None:
+    with pytest.raises(ResourceError) as refused:
+        plan(IN_PARTS, Wishes(gpu_bytes=350 * MIB), costs)
+    named = re.search(r"at least (.+?) is needed: .*, 6.2 MiB for layers, copied in parts$", str(refused.value))
+    assert named is not None
+    smallest = plan(IN_PARTS, Wishes(gpu_bytes=parse_bytes(named[1], "")), costs)
+    assert (smallest.split, smallest.device_depth, smallest.tiers.count("staged")) == (True, 1, 2)
+    with pytest.raises(ResourceError):
+        plan(IN_PARTS, Wishes(gpu_bytes=parse_bytes(named[1], "") - MIB), costs)
+    with pytest.raises(ResourceError):
+        plan(NEEDS, Wishes(gpu_bytes=parse_bytes(named[1], "")), costs)
+
+
+def test_layers_in_parts_in_words() -> None:
+    rest, slot, held = COUNT * MIB // 8, 6 * MIB, 36 * MIB
+    for slots, said in (
+        (2, "ring of 2 slots for layers in 4 parts"),
+        (1, "one slot: no part of a layer is copied while another is computed"),
+    ):
+        budget = DEVICE_AROUND - held + rest + slots * slot
+        without_cache = dataclasses.replace(IN_PARTS, cache_bytes=0)
+        found = plan(without_cache, Wishes(gpu_bytes=budget))
+        assert (found.split, found.device_depth, found.device_bytes) == (True, slots, budget)
+        assert found.tiers == ("staged",) * COUNT
+        lines = [line.strip() for line in describe(found).splitlines()]
+        assert "1.5 MiB  norms and the like of layers that are copied in parts" in lines
+        assert f"{slots * 6}.0 MiB  {said}" in lines
+
+
+def test_parts_are_weighed_by_what_they_take() -> None:
+    """Copies through two slots hide most of what is computed; through one they are added to it."""
+    costs = dataclasses.replace(DESKTOP, device_seconds=(8e-4,) * COUNT)
+    placement = Placement(("staged",) * COUNT, 0, IN_PARTS, None, 2, DEVICE_AROUND, split=True)
+    assert COUNT * 8e-4 < placement.seconds(costs) < COUNT * 16e-4 * 0.6
+    one_slot = dataclasses.replace(placement, device_depth=1)
+    assert one_slot.seconds(costs) == pytest.approx(COUNT * 16e-4, rel=0.05)

@@ -66,6 +66,19 @@ def test_the_bus_and_the_disk_work_at_once() -> None:
     assert walk(mixed, device, 0, 2).seconds == pytest.approx(3 * (1.0 + 9.0))
 
 
+def test_layers_in_parts_overlap_within_a_layer() -> None:
+    device = Costs((), (9.0,) * 4, device_seconds=(3.0,) * 4, copy_seconds=(6.0,) * 4)
+    whole, parted = (1.0,), (0.5, 0.25, 0.25)
+    in_parts = device.in_parts([parted] * 4)
+    assert in_parts.copy_seconds == (3.0, 1.5, 1.5) * 4
+    assert in_parts.read_seconds == (4.5, 2.25, 2.25) * 4
+    assert in_parts.host_seconds == ()
+    assert walk(["staged"] * 12, in_parts, 0, 1).seconds == pytest.approx(36.0)  # one slot overlaps nothing
+    assert walk(["staged"] * 12, in_parts, 0, 2).seconds == pytest.approx(24.0)
+    some = device.in_parts([whole, parted] * 2)
+    assert some.device_seconds == (3.0, 1.5, 0.75, 0.75) * 2
+
+
 @given(st.lists(st.sampled_from(["host", "disk"]), min_size=2, max_size=30), SECONDS, SECONDS, SHARES)
 def test_no_pass_is_faster_than_its_slowest_part_or_slower_than_all_in_turn(
     tiers: list[Tier], compute: float, read: float, computing: float

@@ -37,6 +37,7 @@ def test_every_tier_of_a_device_has_its_link(
     assert links == {
         **{"resident": "device memory", "half staged": "bus", "staged": "bus", "mapped": "bus", "host": "memory"},
         **{"disk to host": "disk", "disk to staged": "disk", "disk to mapped": "disk"},
+        **{"staged in parts": "bus", "disk to staged in parts": "disk"},
     }
     bytes_per_token = {row["tier"]: int(row["link_bytes_per_token"]) for row in rows}
     assert bytes_per_token["staged"] == 2 * bytes_per_token["half staged"]

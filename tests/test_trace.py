@@ -52,13 +52,21 @@ def test_a_file_that_cannot_be_written_is_said(tiny_checkpoint: Path, tmp_path: 
         trace.write(tmp_path / "missing" / "trace.json")
 
 
-@pytest.mark.parametrize("name", ["staged, 2 slots", "disk into staged, 2 slots", "disk and memory into staged"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("staged, 2 slots", "disk into staged, 2 slots", "disk and memory into staged"),
+        *("staged in parts, 2 slots", "disk and memory into staged in parts"),
+    ],
+)
 def test_every_copy_to_a_device_is_there_and_nothing_waits_for_it(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     passes = 4
     with placed(monkeypatch, tiny_checkpoint, name, poison=False) as (model, device):
-        trace = Trace(executor_of(model))
+        trace, parts = Trace(executor_of(model)), ("",)
+        if executor_of(model).placement.split:
+            parts = (".self_attn", ".mlp.gate_proj", ".mlp.up_proj", ".mlp.down_proj")
         device.copies, device.waited_in = 0, []
         with torch.inference_mode():
             model.generate(TOKENS, max_new_tokens=passes, min_new_tokens=passes, do_sample=False)
@@ -68,8 +76,10 @@ def test_every_copy_to_a_device_is_there_and_nothing_waits_for_it(
         described = trace.describe_links()
     events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
     copied = [event for event in events if event["tid"] == 3]
-    assert len(copied) == copies >= passes * 3 - 2  # two may have been queued before the trace began
-    assert {event["name"] for event in copied} == {f"model.layers.{index}" for index in range(3)}
+    assert len(copied) == copies >= passes * 3 * len(parts) - 2  # two may have been queued before the trace began
+    assert {event["name"] for event in copied} == {
+        f"model.layers.{index}{part}" for index in range(3) for part in parts
+    }
     assert [event["name"] for event in events if event["tid"] == 1][:4] == [
         *(f"model.layers.{index}" for index in range(3)),
         "head",

@@ -84,12 +84,19 @@ class DeviceScratch:
     shard_bytes: int = 0
     bounce_bytes: int = 0
 
-    def copies_bytes(self, hows: Sequence[Tier]) -> int:
-        """Return what copies take of layers computed so: their own of those that stay, of the others the largest."""
-        converted = [nbytes for nbytes, how in zip(self.converted_bytes, hows, strict=False) if how == "resident"]
-        lent = [nbytes for nbytes, how in zip(self.converted_bytes, hows, strict=False) if how == "staged"]
-        lent += [nbytes for nbytes, how in zip(self.moved_bytes, hows, strict=False) if how == "mapped"]
-        return sum(converted) + max(lent, default=0)
+    def copies_bytes(self, hows: Sequence[Tier], split: SplitNeeds | None) -> int:
+        """Return what copies take of layers computed so: their own of what stays, of the others the largest.
+
+        split: the layers in parts, if staged ones come so.
+        """
+
+        def of(sizes: Sequence[int], tier: Tier) -> list[int]:
+            return [nbytes for nbytes, how in zip(sizes, hows, strict=False) if how == tier]
+
+        stay, staged = of(self.converted_bytes, "resident"), self.converted_bytes
+        if split is not None:
+            stay, staged = stay + of(split.rest_converted_bytes, "staged"), split.converted_bytes
+        return sum(stay) + max(of(staged, "staged") + of(self.moved_bytes, "mapped"), default=0)
 
 
 @dataclass(frozen=True, slots=True)

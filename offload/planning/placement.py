@@ -7,7 +7,7 @@ own. With a GPU a layer is `resident` there, `staged` (copied from pinned memory
 norms and head are on the device if any layer is. A budget is one for the whole process, Python and the libraries in it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from offload.planning.needs import Needs, SplitNeeds
 from offload.planning.predict import Costs, Tier, Way, walk
@@ -159,14 +159,7 @@ class Placement:
     @property
     def device_copies_bytes(self) -> int:
         """Copies on the GPU of what layers cannot use there as it lies: norms and biases, mostly."""
-        scratch, rest_bytes = self.needs.device, 0
-        if self._in_parts:
-            converted = list(scratch.converted_bytes)
-            for at in self._in_parts:
-                converted[at] = self._split.converted_bytes[at]
-                rest_bytes += self._split.rest_converted_bytes[at]
-            scratch = replace(scratch, converted_bytes=tuple(converted))
-        return rest_bytes + scratch.copies_bytes(self.hows)
+        return self.needs.device.copies_bytes(self.hows, self.needs.split if self.split else None)
 
     @property
     def device_loading_bytes(self) -> int:
