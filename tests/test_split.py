@@ -1,6 +1,8 @@
 """Layers that go to a device in parts: which parts, by family, and the same bits from all of them, on a fake."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,18 @@ import torch
 from fake_device import FakeDevice, fake_gpu
 from test_architectures import FAMILIES, make_model, quantize
 from test_device import passes, same
+from test_plan import DESKTOP
 from test_recovery import Full, check_memory
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offload import generate, plan
 from offload.convert import opened
 from offload.errors import ResourceError
 from offload.executor import executor_of, load
 from offload.layer_view import SHAPE
+from offload.limit import bytes_by_link
+from offload.planning import machine, trial
 from offload.planning.arrangement import arranged
 from offload.planning.placement import Placement
 
@@ -178,9 +184,37 @@ def test_a_full_gpu_with_one_slot_goes_on_with_parts(
         executor.close()
 
 
-def test_one_pass_copies_what_the_bus_is_said_to_carry(wide_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offload.limit import bytes_by_link
+def test_the_commands_say_it(
+    wide_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan is tried in this process: the faked device would be gone in another one."""
+    whole, in_parts = placements(wide_int4, monkeypatch, "staged", "staged in parts")
+    figures = replace(DESKTOP, device_runtime_bytes=whole.needs.device_runtime_bytes)
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(trial, "run_measurement", lambda directory: figures)
+    monkeypatch.setattr(trial, "run_trial", trial.run_trial_here)
+    budget = (whole.device_bytes + in_parts.device_bytes) // 2
+    flags = ["--model", str(wide_int4), "--gpu-memory", str(budget)]
+    slot = "one slot: no part of a layer is copied while another is computed"
+    with fake_gpu(monkeypatch):
+        assert plan.main([*flags, "--context", str(SHORT)]) == 0
+        assert slot in capsys.readouterr().out
+        assert plan.main([*flags, "--context", str(SHORT), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["layers_in_parts"]
+        assert min(value for value in report["confirmation"].values() if value is not None) > 0
+        assert generate.main([*flags, "--prompt", "The fox", "--max-new-tokens", str(SHORT - len("The fox"))]) == 0
+        said = capsys.readouterr().err
+        assert slot in said
+        assert "of the bus's" in said
 
+
+def test_what_was_tried_is_what_was_placed(wide_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, in_parts = placements(wide_int4, monkeypatch, "staged", "staged in parts")
+    assert trial.Trial.of(in_parts, [], None).placed(whole) == in_parts
+
+
+def test_one_pass_copies_what_the_bus_is_said_to_carry(wide_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token: dict[str, Any] = {"input_ids": torch.tensor([[7]])}
     with fake_gpu(monkeypatch), torch.no_grad():
         model = load(wide_int4, n_gpu_layers=-1)
