@@ -1,4 +1,4 @@
-"""Copies of whole layers to a device, ahead of their use, in a stream of their own.
+"""Copies of layers to a device, whole or in parts, ahead of their use, in a stream of their own.
 
 Where the bytes lie in pinned memory a copy is queued at once, by whoever asks for it, and costs the host nothing more.
 Those that come from disk first, or through a small pinned buffer where memory could not be pinned, are queued by a

@@ -76,19 +76,22 @@ class DeviceSide:
         """Bring every layer to its tier; those that the host computes have their weights already, or are lent them."""
         staged: list[LayerBlob] = []
         mapped: list[LayerBlob] = []
-        for blob, layer, how in zip(parts.blobs, parts.staged, placement.hows, strict=True):
+        in_memory: list[LayerBlob] = []
+        tiers = zip(placement.tiers, placement.hows, strict=True)
+        for blob, layer, (tier, how) in zip(parts.blobs, parts.staged, tiers, strict=True):
             stays = blob if how == "resident" else layer.rest if how == "staged" else None
             if stays is not None:
                 self._views.append(self.keep(stays, parts))  # one by one: what came before the end of memory is known
-            staged += layer.parts if how == "staged" else ()
-            mapped += [blob] if how == "mapped" else []
+            lent = layer.parts if how == "staged" else (blob,) if how == "mapped" else ()
+            staged += lent if how == "staged" else ()
+            mapped += lent if how == "mapped" else ()
+            in_memory += lent if tier != "disk" else ()
         size = max(blob.nbytes for layer in parts.staged for blob in layer.parts)
         slots = [self.device.allocate(size) for _ in range(placement.device_depth)]
         scratch = self.device.allocate(max(blob.nbytes for blob in parts.blobs)) if mapped else None
         self.spare = slots[0] if slots else scratch
         copies = self._room_for_copies(parts, staged, mapped)
-        read_in_every_pass = {blob.module for blob in parts.on_disk}
-        kept = {blob.module: parts.read(blob) for blob in (*staged, *mapped) if blob.module not in read_in_every_pass}
+        kept = {blob.module: parts.read(blob) for blob in in_memory}
         ring_arenas = parts.host_ring.arenas if parts.host_ring is not None and placement.way != "host" else []
         self._pin([*kept.values(), *(arena for arena in ring_arenas if isinstance(arena, Arena))])
         if staged and len(self._pinned) < len(kept) + len(ring_arenas):

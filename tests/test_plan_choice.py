@@ -279,6 +279,15 @@ def test_layers_in_parts_in_words() -> None:
         assert f"{slots * 6}.0 MiB  {said}" in lines
 
 
+def test_what_stays_of_layers_in_parts_has_room_on_its_way() -> None:
+    assert IN_PARTS.split is not None
+    large = dataclasses.replace(IN_PARTS.split, rest_bytes=(60 * MIB,) * COUNT)
+    needs = dataclasses.replace(IN_PARTS, split=large)
+    placement = Placement(("disk",) * COUNT, 2, needs, None, 2, None, "staged", split=True)
+    assert placement.host_loading_bytes == 60 * MIB - NEEDS.working_bytes
+    assert placement.device_bytes == DEVICE_AROUND + COUNT * 60 * MIB + 2 * 6 * MIB
+
+
 def test_parts_are_weighed_by_what_they_take() -> None:
     """Copies through two slots hide most of what is computed; through one they are added to it."""
     costs = dataclasses.replace(DESKTOP, device_seconds=(8e-4,) * COUNT)

@@ -100,6 +100,7 @@ def parts_in_memory(placement: Placement) -> list[Part]:
 def parts_on_device(placement: Placement) -> list[Part]:
     """Return what the GPU's memory is for, where one is used."""
     needs = placement.needs
+    rest = [Part("norms and the like of layers that are copied in parts", placement.rest_bytes)]
     parts = [
         Part("driver", needs.device_runtime_bytes),
         Part("embeddings, norms, head", needs.fixed_bytes),
@@ -107,11 +108,7 @@ def parts_on_device(placement: Placement) -> list[Part]:
         Part("activations and reserve", needs.working_bytes),
         *_device_scratch(placement),
         *_layer_parts(placement, {"resident": "on the GPU"}),
-        *(
-            [Part("norms and the like of layers that are copied in parts", placement.rest_bytes)]
-            if placement.split
-            else []
-        ),
+        *(rest if placement.split else []),
         Part(_device_ring(placement), placement.device_depth * placement.device_slot_bytes, "staged"),
     ]
     if "mapped" in placement.hows:
