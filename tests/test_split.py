@@ -209,6 +209,21 @@ def test_the_commands_say_it(
         assert "of the bus's" in said
 
 
+def test_a_plan_cuts_no_layer_for_a_gpu_that_nobody_asked_for(
+    wide_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_parts,) = placements(wide_int4, monkeypatch, "staged in parts")
+    figures = replace(DESKTOP, device_runtime_bytes=in_parts.needs.device_runtime_bytes)
+    figures = replace(figures, device_memory_bytes=in_parts.device_bytes)
+    monkeypatch.setattr(machine, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(trial, "run_measurement", lambda directory: figures)
+    flags = ["--model", str(wide_int4), "--context", str(SHORT), "--no-confirm"]
+    assert plan.main([*flags, "--device-map", "auto"]) == 4
+    assert capsys.readouterr().err.endswith(" for layers\n")
+    assert plan.main([*flags, "--gpu-memory", str(in_parts.device_bytes)]) == 0
+    assert "no part of a layer is copied while another is computed" in capsys.readouterr().out
+
+
 def test_what_was_tried_is_what_was_placed(wide_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, in_parts = placements(wide_int4, monkeypatch, "staged", "staged in parts")
     assert trial.Trial.of(in_parts, [], None).placed(whole) == in_parts

@@ -2,9 +2,10 @@
 
 Without a GPU a decoder layer is either on the `host`, in memory for good, or on `disk`, read into a ring of slots for
 each pass; so is each block of the head where that is apart, and experts that are apart are fetched into slots of their
-own. With a GPU a layer is `resident` there, `staged` (copied from pinned memory into a ring on the device), `mapped`
-(read across the bus by the kernel), computed on the `host`, or on `disk` and then one of the last three. Embeddings,
-norms and head are on the device if any layer is. A budget is one for the whole process, Python and the libraries in it.
+own. With a GPU a layer is `resident` there, `staged` (copied from pinned memory into a ring on the device, in parts
+where no whole one finds room), `mapped` (read across the bus by the kernel), computed on the `host`, or on `disk` and
+then one of the last three. Embeddings, norms and head are on the device if any layer is. A budget is one for the whole
+process, Python and the libraries in it.
 """
 
 from dataclasses import dataclass
