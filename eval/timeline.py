@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def draw(events: Sequence[Event], passes: int, name: str) -> str:
     scale = (_RIGHT - _LEFT) / (last_ms - first_ms)
     inside = [event for event in events if event.ended_ms > first_ms and event.started_ms < last_ms]
     rows = list(dict.fromkeys(event.line for event in [*events]))
-    moved = {event.name for event in inside if event.nbytes}
+    moved = {whole for event in inside if event.nbytes for whole in _wholes(event.name)}
     bottom = _TOP + _ROW * len(rows)
     drawn = [heading(30, _title(passes, last_ms - first_ms), _busy(inside, rows, first_ms, last_ms))]
     drawn += _axis(last_ms - first_ms, scale, bottom)
@@ -134,6 +135,11 @@ def _covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, ended - max(started, reached))
         reached = max(reached, ended)
     return total
+
+
+def _wholes(name: str) -> Iterable[str]:
+    """Return the modules that one lies in, and itself: a layer may have been moved in parts."""
+    return accumulate(name.split("."), "{}.{}".format)
 
 
 def _colour(event: Event, moved: set[str]) -> str:

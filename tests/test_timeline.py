@@ -80,6 +80,24 @@ def test_what_moves_has_another_colour_than_what_stays_and_two_passes_are_two(tr
     assert colours["model.layers.1: compute"] in timeline._MOVED
 
 
+def test_a_layer_that_moves_in_parts_has_the_colour_of_what_moves() -> None:
+    events = [
+        Event("compute", "head", 0, 1),
+        Event("bus", "model.layers.1.mlp.up_proj", 1, 2, 1_000_000),
+        Event("compute", "model.layers.1", 2, 3),
+        Event("compute", "model.layers.10", 3, 4),
+        Event("compute", "head", 4, 5),
+    ]
+    svg = draw(events, 1, "trace")
+    colours = {
+        (title.text or "").partition(":")[0]: item.attrib["fill"]
+        for item in ElementTree.fromstring(svg).iter(f"{SVG}rect")
+        if (title := item.find(f"{SVG}title")) is not None
+    }
+    assert colours["model.layers.1"] in timeline._MOVED
+    assert colours["model.layers.10"] in timeline._KEPT
+
+
 def test_what_began_before_the_first_pass_that_is_drawn_is_cut() -> None:
     events = [
         Event("compute", "head", 0, 10),
