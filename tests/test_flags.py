@@ -10,7 +10,8 @@ from quant.flags import with_changes
 from quant.gptq import GptqSettings
 
 NAMES = "damping, sequential, propagation, scale, "
-NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.clip_damping, search.search_samples"
+NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.clip_damping, search.search_samples, "
+NAMES += "learn.steps, learn.size, learn.samples"
 
 
 def test_a_setting_is_changed_by_its_name() -> None:

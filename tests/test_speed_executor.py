@@ -79,7 +79,7 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch, capf
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--shapes", "2b"], "--shapes '2b': expected one of tiny, 1b, 3b, 8b, 70b"),
+        (["--shapes", "2b"], "--shapes '2b': expected one of tiny, thin, 1b, 3b, 8b, 70b"),
         (["--engines", "vllm"], "--engines 'vllm': expected some of ours, llama.cpp, accelerate"),
         (["--budgets", "much"], "--budgets 'much': expected a size"),
     ],
