@@ -31,7 +31,7 @@ class Report:
     bytes_per_token: weights that decoding one token reads, wherever they lie. disk_bytes_per_token: those of them read
     from disk. cache_bytes_per_token: keys and values that a pass copied between host memory and a GPU. limit: the link
     that bounds decoding, see `offload.limit`; limit_bytes_per_second: measured in this run, just after; fraction: of
-    that limit, reached while decoding.
+    that limit, reached while decoding. None of the three after an interruption: who interrupts does not wait for it.
     """
 
     text: str
@@ -43,9 +43,9 @@ class Report:
     bytes_per_token: int
     disk_bytes_per_token: int
     cache_bytes_per_token: int
-    limit: str
-    limit_bytes_per_second: float
-    fraction: float
+    limit: str | None
+    limit_bytes_per_second: float | None
+    fraction: float | None
     direct_reads: bool
     wait_seconds: float
     peak_memory_bytes: int
@@ -155,7 +155,7 @@ def _answer(
     if trace is not None:
         trace.write(options.trace)
         say(f"trace    {options.trace}, to be opened in ui.perfetto.dev; {trace.describe_links()}")
-    return _report(session, clock, before, len(tokens)), interrupted
+    return _report(session, clock, before, len(tokens), measured=not interrupted), interrupted
 
 
 @contextmanager
@@ -168,8 +168,8 @@ def _live_line(session: "Session") -> Iterator["Callable[[Clock], None] | None"]
         yield Meter(line, measure_links(session.executor), session.executor) if line.active else None
 
 
-def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt_tokens: int) -> Report:
-    """Hold what was done against what bounds it, measured now."""
+def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt_tokens: int, measured: bool) -> Report:
+    """Hold what was done against what bounds it, to be measured now if at all."""
     from offload.limit import measure_limit
     from offload.memory import peak_memory_bytes
     from offload.session import PREFILL_CHUNK_TOKENS
@@ -179,7 +179,7 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
     disk_bytes = (stats.bytes_read - before.bytes_read) // passes
     peak = peak_memory_bytes()
     cache_bytes = (stats.cache_bytes_copied - before.cache_bytes_copied) // passes
-    limit = measure_limit(executor, disk_bytes, cache_bytes)
+    limit = measure_limit(executor, disk_bytes, cache_bytes) if measured else None
     return Report(
         text=session.prompts.text(clock.tokens),
         prompt_tokens=prompt_tokens,
@@ -190,9 +190,9 @@ def _report(session: "Session", clock: "Clock", before: "StreamingStats", prompt
         bytes_per_token=executor.bytes_per_token,
         disk_bytes_per_token=disk_bytes,
         cache_bytes_per_token=cache_bytes,
-        limit=limit.link,
-        limit_bytes_per_second=limit.bytes_per_second,
-        fraction=limit.seconds_per_token * clock.tokens_per_second,
+        limit=limit and limit.link,
+        limit_bytes_per_second=limit and limit.bytes_per_second,
+        fraction=limit and limit.seconds_per_token * clock.tokens_per_second,
         direct_reads=stats.direct,
         wait_seconds=stats.wait_seconds - before.wait_seconds,
         peak_memory_bytes=peak,
@@ -218,7 +218,8 @@ def _print_report(report: Report) -> None:
     say(f"weights  {format_bytes(report.bytes_per_token)} read per token{disk}")
     if report.cache_bytes_per_token:
         say(f"cache    {format_bytes(report.cache_bytes_per_token)} of keys and values copied per token")
-    say(f"limit    {report.fraction:.0%} of the {report.limit}'s {report.limit_bytes_per_second / 1e9:.2f} GB/s")
+    if report.fraction is not None and report.limit_bytes_per_second is not None:
+        say(f"limit    {report.fraction:.0%} of the {report.limit}'s {report.limit_bytes_per_second / 1e9:.2f} GB/s")
     say(f"memory   peak {format_bytes(report.peak_memory_bytes)}{budget}")
 
 

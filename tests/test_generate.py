@@ -88,6 +88,7 @@ def test_an_interrupt_prints_what_there_is(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Clock, "put", interrupting)
+    monkeypatch.setattr("offload.limit.measure_links", lambda *_: pytest.fail("who interrupts does not wait for it"))
     assert main([*flags, *json_flag]) == 130
     shown = capsys.readouterr()
     assert shown.err.endswith("interrupted\n")
