@@ -240,17 +240,26 @@ from quant.groupwise import Grid
 from quant.hidden_states import fill, new_states
 from quant.layer import LayerInputs
 
-rows, width, tiles.TILE, directory = *map(int, sys.argv[1:4]), Path(sys.argv[4])
+rows, width, tile, directory = *map(int, sys.argv[1:4]), Path(sys.argv[4])
 torch.set_grad_enabled(False)
 give_memory_back_at_once()
-torch.linalg.cholesky_ex(torch.eye(8).double() @ torch.eye(8).double())  # what the libraries keep for themselves
-layer = nn.Sequential(nn.Linear(width, rows))
-states = [fill(new_states(8, torch.empty(1, 64, width), directory), torch.randn(8, 64, width).split(1)) for _ in "ab"]
 method, grid = Gptq(GptqSettings()), Grid(64, False)
-before = own_memory_bytes()
-reached = peak_memory_bytes() - before  # libraries' code, mapped from files
-inputs = LayerInputs(states[0], {}, 4, states[1], statistics_to=directory)
-method.quantize_layer(layer, inputs, {"0": grid}, 64)
+
+
+def work(rows, width, tile):
+    global before, reached
+    tiles.TILE, layer = tile, nn.Sequential(nn.Linear(width, rows))
+    noise, like = torch.randn(8, 64, width), torch.empty(1, 64, width)
+    states = [fill(new_states(8, like, directory), noise.split(1)) for _ in "ab"]
+    del noise
+    before = own_memory_bytes()
+    reached = peak_memory_bytes() - before  # libraries' code, mapped from files
+    inputs = LayerInputs(states[0], {}, 4, states[1], statistics_to=directory)
+    method.quantize_layer(layer, inputs, {"0": grid}, 64)
+
+
+work(64, 320, 128)  # maps the code: more of it where libraries were just installed than where they were long used
+work(rows, width, tile)
 cost = method.cost([(rows, width)], grid, Windows(8, 64))
 print(cost.on_disk.working_bytes, peak_memory_bytes() - before - reached, cost.memory_bytes)
 """
