@@ -79,6 +79,16 @@ def test_places_are_those_of_the_weights_but_for_what_lies_outside(symmetric: bo
     assert ((places.codes - places.chosen()).abs() < 0.5).all()
 
 
+def test_a_step_moves_a_weight_against_its_gradient_whatever_the_sign_of_its_scale() -> None:
+    scale = torch.tensor([[0.5, -0.5]])
+    places = Places(torch.full((1, 4), 7.0), Parameters(scale, torch.full((1, 2), 8.0)), Grid(2, symmetric=True))
+    before = values(places.codes, places.parameters)
+    gradient = torch.tensor([[3.0, -0.1, 3.0, 0.0]])
+    places.step(gradient, 0.25)
+    moved = values(places.codes, places.parameters) - before
+    assert torch.equal(moved, torch.tensor([[-0.125, 0.125, -0.125, 0.0]]))
+
+
 def steps_by_definition(x_TK: Tensor, target_TN: Tensor, places: Places, settings: LearningSettings) -> Tensor:
     """Return the codes after signed steps on |w x - target|^2 / |target|^2, its gradient written out, in float64."""
     group = x_TK.shape[1] // places.parameters.scale.shape[1]
