@@ -6,8 +6,10 @@
 
 namespace {
 
-constexpr int kTileRows = 2;
-constexpr int kTileBatch = 8;
+// (Measured, Zen 4: 4 x 4 takes 0.5 to 0.9 of the time of 2 x 8, 3 x 4 and 4 x 3 0.7 to 1.2 of it. Wide rows of 8 activations
+// and their scales do not fit the first cache.)
+constexpr int kTileRows = 4;
+constexpr int kTileBatch = 4;
 
 struct Codes {
     __m512i even, odd;

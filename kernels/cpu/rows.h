@@ -131,8 +131,11 @@ void quantize(const int4::Weight& w, const float* x, const int4::Activations& ou
 }
 
 // R rows from `row`, `apart` from each other, times T activations from `m`. G is 32, 64, 128, or 0 for one group a row; B is
-// the bits of a code.
-template <int B, int G, int R, int T>
+// the bits of a code. Ahead: while these are multiplied, ask for the R rows behind them.
+//
+// The loops over a tile are unrolled and its sums taken out of it at once: indexed by a variable, `total` would be kept in
+// memory, and stored at every step (measured, Zen 4: a quarter of the time of 64 activations).
+template <int B, int G, int R, int T, bool Ahead = false>
 inline void tile(const int4::Weight& w, const int4::Activations& x, const float* scale, const float* scale_zero,
                  int64_t stride, const float* bias, float* out, int64_t row, int64_t m, int64_t apart = 1) {
     const int64_t steps = w.steps(), whole = w.inputs / int4::kStep, tail_bytes = w.row_bytes() - whole * int4::kStepBytes<B>;
@@ -140,38 +143,52 @@ inline void tile(const int4::Weight& w, const int4::Activations& x, const float*
     for (int64_t s = 0; s < steps; ++s) {
         decltype(load<B>(nullptr)) codes[R];
         Scales scales[R];
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const uint8_t* p = w.codes + (row + r * apart) * w.row_bytes() + s * int4::kStepBytes<B>;
-            if (T <= 2)
-                for (int64_t line = 0; line < int4::kStepBytes<B>; line += kLineBytes) prefetch(p + line);
+            for (int64_t line = 0; line < int4::kStepBytes<B>; line += kLineBytes) {
+                if (Ahead) __builtin_prefetch(p + R * w.row_bytes() + line, 0, 2);
+                if (T == 1) prefetch(p + line);
+            }
             codes[r] = s < whole ? load<B>(p) : load_tail<B>(p, tail_bytes);
             scales[r] = spread<G>(scale + r * stride + (G ? s * (int4::kStep / (G ? G : 1)) : 0));
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             const int64_t step = (m + t) * steps + s;
             const int8_t* values = x.values + step * int4::kStep;
             const int32_t* centre = x.centre + step * int4::kSums;
             const Scales x_scales = load_scales(x.scale + step * int4::kSums);
-            for (int r = 0; r < R; ++r) total[r][t] = add(total[r][t], dot(codes[r], values, centre), scales[r], x_scales);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+                total[r][t] = add(total[r][t], dot(codes[r], values, centre), scales[r], x_scales);
         }
     }
+    float sums[R][T];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) sums[r][t] = sum(total[r][t]);
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) {
             const int64_t at = row + r * apart;
             const float* group_sum = x.group_sum + (m + t) * w.groups();
             const float offset = w.zero ? sum_products(scale_zero + r * stride, group_sum, w.groups()) : 0;
-            out[(m + t) * w.rows + at] = sum(total[r][t]) - offset + (bias ? bias[at] : 0);
+            out[(m + t) * w.rows + at] = sums[r][t] - offset + (bias ? bias[at] : 0);
         }
 }
 
+// At most kTileBatch activations. The first of a batch bring the weights from memory, for the others they are in a cache.
 template <int B, int G, int R>
 inline void row_block(const int4::Weight& w, const int4::Activations& x, int64_t m, int64_t m_end, const float* bias,
                       float* out, int64_t row, float* scratch, int64_t stride) {
     float *scale = scratch, *scale_zero = scratch + R * stride;
     for (int r = 0; r < R; ++r) row_scales<B>(w, row + r, scale + r * stride, scale_zero + r * stride);
-    for (; m + kTileBatch <= m_end; m += kTileBatch)
-        tile<B, G, R, kTileBatch>(w, x, scale, scale_zero, stride, bias, out, row, m);
-    for (; m + 2 <= m_end; m += 2) tile<B, G, R, 2>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    if (m + kTileBatch == m_end) {
+        if (m == 0) return tile<B, G, R, kTileBatch, true>(w, x, scale, scale_zero, stride, bias, out, row, m);
+        return tile<B, G, R, kTileBatch>(w, x, scale, scale_zero, stride, bias, out, row, m);
+    }
+    for (; m + 2 <= m_end; m += 2) tile<B, G, R, 2, true>(w, x, scale, scale_zero, stride, bias, out, row, m);
     for (; m < m_end; ++m) tile<B, G, R, 1>(w, x, scale, scale_zero, stride, bias, out, row, m);
 }
 
