@@ -100,6 +100,11 @@ def cpu_level() -> int:
     return 0 if library is None else int(library.int4_level())
 
 
+def untiled_level() -> int:
+    """Return the best level at which a batch of any size gets the bits of its activations one by one."""
+    return min(cpu_level(), LEVELS.index("avx512-vnni"))
+
+
 def _operands(weight: PackedWeight, level: int) -> tuple[int | None, ...]:
     """Return what every function of the library begins with."""
     return (

@@ -1,11 +1,13 @@
-"""One token through one decoder layer of the Llama family, in one call of the compiled kernels.
+"""Tokens through one decoder layer of the Llama family, in one call of the compiled kernels.
 
 Norm, attention and MLP of a layer are some twenty small operations, which cost more to start than to run. Here they
 run on buffers that are kept, in float32 from the layer's input to its output; only keys and values are rounded, to the
-dtype of their cache.
+dtype of their cache. Tokens of several sequences share the products with the weights: what a weight costs to be read
+and taken apart is paid once, and each of them gets the bits that it would get alone.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -83,6 +85,45 @@ class DecoderLayer:
         return self.input_norm.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of a sequence and what came before it, as the compiled step takes them. out: [hidden], written by it."""
+
+    out: Tensor
+    rotary: int
+    struct: "_Token"
+    held: tuple[Any, ...]  # whose memory the struct points to
+
+
+def dense_token(hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, tokens: int) -> Token:
+    """Return a token whose past is kept as it was computed.
+
+    hidden: [hidden]. cos, sin: [rotary], of hidden's dtype; the halves of the first `rotary` elements of a head are
+    rotated against each other. keys, values: [key_heads, capacity, head_dim], contiguous, of which `tokens` are
+    filled; the next is written in place.
+    """
+    dtype = _DTYPES[keys.dtype]
+    past = (None, keys.data_ptr(), values.data_ptr(), keys.shape[1], tokens, dtype)
+    return _token(hidden, cos, sin, past, (keys, values))
+
+
+def int8_token(
+    hidden: Tensor, cos: Tensor, sin: Tensor, blocks: KVBlocks, tokens: int, key_offset: Tensor | None = None
+) -> Token:
+    """Return a token whose past is kept in 8 bits, in blocks of one sequence which have room for one token more.
+
+    hidden, cos, sin: see `dense_token`. blocks, tokens, key_offset: as of a `KVContext` before this token.
+    """
+    context = context_struct(blocks, tokens, key_offset)
+    return _token(hidden, cos, sin, (ctypes.addressof(context),), (context, blocks, key_offset))
+
+
+def _token(hidden: Tensor, cos: Tensor, sin: Tensor, past: tuple[Any, ...], held: tuple[Any, ...]) -> Token:
+    out = torch.empty_like(hidden)
+    struct = _Token(hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *past)
+    return Token(out, cos.shape[-1], struct, (hidden, cos, sin, *held))
+
+
 class CompiledLayer:
     """A `DecoderLayer` as the compiled kernels take it; the memory of its tensors is read at every step, not now."""
 
@@ -91,93 +132,36 @@ class CompiledLayer:
         self._struct = _layer_struct(layer)
         self._address = ctypes.addressof(self._struct)
 
-    def step(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        tokens: int,
-        mode: Mode = "fast",
-        level: int | None = None,
-    ) -> Tensor:
-        """Return the layer's output for one token, and write its keys and values to the cache.
+    def step(self, tokens: Sequence[Token], mode: Mode = "fast", level: int | None = None) -> None:
+        """Write the layer's output for a token of each of some sequences, and their keys and values to their pasts.
 
-        hidden: [hidden]. cos, sin: [rotary], of hidden's dtype; the halves of the first `rotary` elements of a head are
-        rotated against each other. keys, values: [key_heads, capacity, head_dim], contiguous, of which `tokens` are
-        filled; the next is written in place. mode, level: see `dequant_matmul_cpu`.
-        Attention is over all `tokens` + 1; the sums do not depend on the number of threads.
+        tokens: of one dtype. mode, level: see `dequant_matmul_cpu`.
+        Attention of each is over its past and itself. What is written depends neither on the other tokens nor on the
+        number of threads.
         """
-        past = (keys.data_ptr(), values.data_ptr(), _DTYPES[keys.dtype], keys.shape[1], tokens)
-        return self._run(_library().int4_decode, (hidden, cos, sin), past, mode, level)
+        structs = (_Token * len(tokens))(*(token.struct for token in tokens))
+        _library().int4_decode(*self._head(tokens[0], mode, level), structs, len(tokens))
 
-    def step_int8(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        blocks: KVBlocks,
-        tokens: int,
-        key_offset: Tensor | None = None,
-        mode: Mode = "fast",
-        level: int | None = None,
-    ) -> Tensor:
-        """Do what `step` does over 8-bit keys and values of one sequence, which have room for one token more.
-
-        blocks, tokens, key_offset: as of a `KVContext` before this token.
-        """
-        past = (ctypes.byref(context_struct(blocks, tokens, key_offset)),)
-        return self._run(_library().int4_decode_blocks, (hidden, cos, sin), past, mode, level)
-
-    def append_int8(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        blocks: KVBlocks,
-        tokens: int,
-        key_offset: Tensor | None = None,
-        mode: Mode = "fast",
-        level: int | None = None,
-    ) -> Tensor:
-        """Do the first half of `step_int8`: write the token's key and value, return its queries.
+    def append_int8(self, token: Token, mode: Mode = "fast", level: int | None = None) -> Tensor:
+        """Do the first half of `step` for an `int8_token`: write its key and value, return its queries.
 
         They are float32 [1, heads, 1, head_dim] and scaled. What attention makes of them, over parts of the context as
-        they come into memory, goes to `finish`: the output is that of `step_int8` to the bit.
+        they come into memory, goes to `finish`: the output is that of `step` to the bit.
         """
         queries = torch.empty(1, self.layer.heads, 1, self.layer.head_dim)
-        self._struct.rotary = cos.shape[-1]
-        past = ctypes.byref(context_struct(blocks, tokens, key_offset))
-        angles = (cos.data_ptr(), sin.data_ptr())
-        _library().int4_decode_append(*self._head(hidden, mode, level), *angles, past, queries.data_ptr())
+        _library().int4_decode_append(*self._head(token, mode, level), token.struct, queries.data_ptr())
         return queries
 
-    def finish(self, hidden: Tensor, mixed: Tensor, mode: Mode = "fast", level: int | None = None) -> Tensor:
-        """Do the second half of `step_int8`: return the output, of the input and of what attention found.
-
-        mixed: float32 [1, heads, 1, head_dim].
-        """
-        out = torch.empty_like(hidden)
+    def finish(self, token: Token, mixed: Tensor, mode: Mode = "fast", level: int | None = None) -> None:
+        """Do the second half: write the output of what attention found, float32 [1, heads, 1, head_dim]."""
         mixed = mixed.contiguous()
-        _library().int4_decode_finish(*self._head(hidden, mode, level), mixed.data_ptr(), out.data_ptr())
-        return out
+        _library().int4_decode_finish(*self._head(token, mode, level), token.struct, mixed.data_ptr())
 
-    def _run(
-        self, decode: Any, token: tuple[Tensor, Tensor, Tensor], past: tuple[Any, ...], mode: Mode, level: int | None
-    ) -> Tensor:
-        """Call the compiled step: token is the hidden state and its angles, past what the step takes of the cache."""
-        hidden, cos, sin = token
-        out = torch.empty_like(hidden)
-        self._struct.rotary = cos.shape[-1]
-        decode(*self._head(hidden, mode, level), cos.data_ptr(), sin.data_ptr(), *past, out.data_ptr())
-        return out
-
-    def _head(self, hidden: Tensor, mode: Mode, level: int | None) -> tuple[Any, ...]:
+    def _head(self, token: Token, mode: Mode, level: int | None) -> tuple[Any, ...]:
         """Return what every compiled function takes first."""
         level = cpu_level() if level is None else level
-        threads, dtype = torch.get_num_threads(), _DTYPES[hidden.dtype]
-        return level, threads, mode == "exact", self._address, hidden.data_ptr(), dtype
+        self._struct.rotary = token.rotary
+        return level, torch.get_num_threads(), mode == "exact", self._address, _DTYPES[token.out.dtype]
 
 
 class _Weight(ctypes.Structure):
@@ -223,23 +207,38 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Token(ctypes.Structure):
+    """`Token` of cpu/decoder.cpp, field by field."""
+
+    _fields_ = [
+        ("hidden", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = compiled_library()
     if library is None:
         raise RuntimeError("a decoder layer in one call needs the compiled kernels")
-    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.int4_decoder_layer_bytes.restype = long
-    found, expected = library.int4_decoder_layer_bytes(), ctypes.sizeof(_Layer)
-    assert found == expected, f"a decoder layer takes {found} bytes in C++ and {expected} here"
-    arguments: list[Any] = [integer, integer, integer, pointer, pointer, integer]  # up to hidden and its dtype
-    arguments += [pointer, pointer, pointer, pointer, integer, long, long, pointer]
-    library.int4_decode.argtypes = arguments
-    library.int4_decode.restype = None
-    library.int4_decode_blocks.argtypes = [*arguments[:6], pointer, pointer, pointer, pointer]
-    library.int4_decode_append.argtypes = library.int4_decode_blocks.argtypes
-    library.int4_decode_finish.argtypes = [*arguments[:6], pointer, pointer]
-    for function in (library.int4_decode_blocks, library.int4_decode_append, library.int4_decode_finish):
+    for function, struct in ((library.int4_decoder_layer_bytes, _Layer), (library.int4_decoder_token_bytes, _Token)):
+        function.restype = ctypes.c_int64
+        found, expected = function(), ctypes.sizeof(struct)
+        assert found == expected, f"{struct.__name__} takes {found} bytes in C++ and {expected} here"
+    pointer, integer, tokens = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Token)
+    head: list[Any] = [integer, integer, integer, pointer, integer, tokens]
+    library.int4_decode.argtypes = [*head, ctypes.c_int64]
+    library.int4_decode_append.argtypes = [*head, pointer]
+    library.int4_decode_finish.argtypes = [*head, pointer]
+    for function in (library.int4_decode, library.int4_decode_append, library.int4_decode_finish):
         function.restype = None
     return library
 

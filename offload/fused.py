@@ -1,13 +1,15 @@
 """The fused decode step: a decoder layer of the Llama family as one call of the compiled kernels.
 
 Where a layer has the parts of a Llama layer, and a proof on its own weights shows that one call computes what its
-modules compute, a single token goes through that call; everything else, prompts, batches, masks, other caches, goes
-through transformers' modules as before. Layers alike in class, shapes and settings are proved once, on the first one.
+modules compute, a single token goes through that call, with those of other sequences that have come to the same layer;
+everything else, prompts, batches, masks, other caches, goes through transformers' modules as before. Layers alike in
+class, shapes and settings are proved once, on the first one.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ from transformers.cache_utils import DynamicLayer
 
 from kernels.attention import attention
 from kernels.cpu_matmul import compiled_library
-from kernels.decoder import CompiledLayer, DecoderLayer, Projection
+from kernels.decoder import CompiledLayer, DecoderLayer, Projection, Token, dense_token, int8_token
+from kernels.matmul import Mode
 from offload.cache import CACHE_NAME, Int8Layer
+from offload.joint import Gather, do
 from offload.linear import PackedLinear
 
 _log = logging.getLogger(__name__)
@@ -29,15 +33,29 @@ _ROUNDING = 1e-5
 _HIDDEN_BNH = 3  # rank of hidden states [batch, tokens, hidden]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What one sequence wants of a layer, whose weights lie where `compiled` says."""
+
+    compiled: CompiledLayer
+    token: Token
+    mode: Mode
+
+
 class FusedLayer:
-    """Stands in for the `forward` of one decoder layer. enabled: whether single tokens take the fused call."""
+    """Stands in for the `forward` of one decoder layer, a `Joint`. enabled: whether one token takes the fused call."""
 
     def __init__(self, layer: Any, enabled: bool = True) -> None:
         self.layer, self.modules_forward, self.enabled = layer, layer.forward, enabled
-        self._index: int = layer.self_attn.layer_idx
+        self.order: int = layer.self_attn.layer_idx
+        self.gather: Gather | None = None
         self._output: PackedLinear = layer.self_attn.o_proj
         self._compiled: dict[int, CompiledLayer] = {}  # by the weight that is attached, which tells the slot
         layer.forward = self._forward
+
+    def compute(self, jobs: Sequence[_Step]) -> None:
+        """Take the tokens of some sequences through the layer. Their weights are in one place: nobody moved them."""
+        jobs[0].compiled.step([job.token for job in jobs], jobs[0].mode)
 
     def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: DynamicLayer | Int8Layer) -> Tensor:
         """Return the output [1, 1, hidden] for one token, appending to the cache."""
@@ -47,19 +65,20 @@ class FusedLayer:
         inputs, mode = (hidden.flatten(), cos.flatten(), sin.flatten()), self._output.mode
         if isinstance(cache, Int8Layer):
             cache.make_room(1)
-            past, parts = (cache.blocks, cache.tokens, cache.key_offset), cache.parts()
-            if parts is None:
-                out = compiled.step_int8(*inputs, *past, mode)
+            token = int8_token(*inputs, cache.blocks, cache.tokens, cache.key_offset)
+            if (parts := cache.parts()) is None:
+                do(self, _Step(compiled, token, mode))
                 cache.count(1)
             else:
-                queries = compiled.append_int8(*inputs, *past, mode)
+                queries = compiled.append_int8(token, mode)
                 cache.count(1)
-                out = compiled.finish(inputs[0], attention(queries, cache.context, 1.0, parts=parts), mode)
+                compiled.finish(token, attention(queries, cache.context, 1.0, parts=parts), mode)
         else:
             keys, values, tokens = _with_room(cache)
-            out = compiled.step(*inputs, keys, values, tokens, mode)
+            token = dense_token(*inputs, keys, values, tokens)
+            do(self, _Step(compiled, token, mode))
             cache.keys, cache.values = keys[None, :, : tokens + 1], values[None, :, : tokens + 1]
-        return out.view(1, 1, -1)
+        return token.out.view(1, 1, -1)
 
     def _forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         cache = self._cache(hidden_states, options) if self.enabled and not arguments else None
@@ -76,9 +95,9 @@ class FusedLayer:
             return None
         angles = options.get("position_embeddings")
         layers = getattr(options.get(CACHE_NAME), "layers", ())
-        if angles is None or angles[0].dtype != hidden.dtype or self._index >= len(layers):
+        if angles is None or angles[0].dtype != hidden.dtype or self.order >= len(layers):
             return None
-        cache: DynamicLayer | Int8Layer = layers[self._index]
+        cache: DynamicLayer | Int8Layer = layers[self.order]
         if isinstance(cache, Int8Layer):
             return cache if cache.batch_size == 1 and cache.dtype == hidden.dtype else None
         if type(cache) is not DynamicLayer or not cache.is_initialized:
@@ -165,10 +184,14 @@ def fuse(
 
 def unfuse(layers: Iterable[nn.Module]) -> None:
     """Let every layer compute with its modules alone again."""
-    for layer in layers:
-        stand_in = getattr(layer.forward, "__self__", None)
-        if isinstance(stand_in, FusedLayer):
-            layer.forward = stand_in.modules_forward
+    for stand_in in fused_layers(layers):
+        stand_in.layer.forward = stand_in.modules_forward
+
+
+def fused_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
+    """Return what stands in for those of some layers that are fused."""
+    found = (getattr(layer.forward, "__self__", None) for layer in layers)
+    return [stand_in for stand_in in found if isinstance(stand_in, FusedLayer)]
 
 
 def _kind(layer: nn.Module) -> str:

@@ -11,11 +11,10 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from kernels.matmul import dequant_matmul
 from kernels.packed import PackedWeight
 from offload.checksums import check_digest, check_finite
 from offload.layer_view import PACKED, SCALE, ZERO
-from offload.linear import PackedLinear
+from offload.linear import JointProduct, PackedLinear
 from offload.memory import Arena, FileReader
 from offload.read_queue import read_blob
 from offload.transfer import Slots
@@ -28,14 +27,16 @@ class StreamedHead(nn.Module):
     """Stands where a packed head was.
 
     Every block is to be kept or streamed before it is called. group_size: of the weight, None for one group a row.
+    order: of its first block in a pass. joints: of its blocks.
     """
 
-    def __init__(self, linear: PackedLinear, head: Head, group_size: int | None) -> None:
+    def __init__(self, linear: PackedLinear, head: Head, group_size: int | None, order: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.mode, self.bias = linear.bits, linear.mode, linear.bias
         self._spans, self._blocks = head.spans, head.blocks()
         self._module, self._group_size = head.module, group_size or linear.in_features
+        self.joints = [JointProduct(order + index) for index in range(len(head.spans))]
         self._kept: dict[int, PackedWeight] = {}
         self._streamed: dict[int, int] = {}
         self._slots: Slots | None = None
@@ -67,7 +68,7 @@ class StreamedHead(nn.Module):
         for index, (start, stop) in enumerate(self._spans):
             with self._lent(index) as weight:
                 bias = None if self.bias is None else self.bias[start:stop]
-                out[..., start:stop] = dequant_matmul(x, weight, bias, self.mode)
+                out[..., start:stop] = self.joints[index].product(x, weight, bias, self.mode)
         return out
 
     @contextmanager

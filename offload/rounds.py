@@ -1,9 +1,10 @@
 """Rounds: sequences that run at once share every pass over the streamed weights.
 
 Each sequence is an ordinary `generate()` in a thread of its own, of which one alone runs at any moment: a thread stands
-still before each pass, and before each unit of the ring, until every other one of the round has come there too. So a
-unit is read once for all of them, each of them computes what it would compute alone, bit for bit, and one that fails or
-is cancelled leaves the others as they were. Who comes during a round takes part in the next.
+still before each pass, before each unit of the ring, and where it wants what is cheaper for all at once (see `Joint`),
+until every other one of the round has come there too. So a unit is read once for all of them, each of them gets what it
+would compute alone, bit for bit, and one that fails or is cancelled leaves the others as they were. Who comes during a
+round takes part in the next.
 """
 
 import time
@@ -13,13 +14,24 @@ from dataclasses import dataclass
 from threading import Condition, Semaphore, Thread, current_thread
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from offload.errors import UsageError
 from offload.executor import executor_of
+from offload.joint import Joint
 
 _BEFORE_A_PASS = -1
 _WINDOW_ROUNDS = 32
+
+
+@dataclass(slots=True)
+class Wish:
+    """What a sequence stands still for. error: why it could not be done."""
+
+    joint: Joint
+    job: Any
+    error: BaseException | None = None
 
 
 class Cancelled(BaseException):
@@ -37,6 +49,7 @@ class Sequence:
         self._go, self._back = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._work, name="sequence", daemon=True)
         self.at: int | None = _BEFORE_A_PASS
+        self.wants: Wish | None = None
         self.cancelled = False
 
     def start(self) -> None:
@@ -64,6 +77,17 @@ class Sequence:
         self._go.acquire()
         if self.cancelled:
             raise Cancelled
+
+    def want(self, joint: Joint, job: Any) -> None:
+        """Stand still, in the sequence's own thread, until a job was done. Raises Cancelled, or what it failed with."""
+        wish = self.wants = Wish(joint, job)
+        assert self.at is not None, "it runs"
+        try:
+            self.pause(self.at)
+        finally:
+            self.wants = None
+        if wish.error is not None:
+            raise wish.error
 
     def drop(self) -> None:
         """End what was never started."""
@@ -114,7 +138,10 @@ class Rounds:
         self._closed = False
         self.rounds = 0
         self.recent: deque[Round] = deque(maxlen=_WINDOW_ROUNDS)
+        self._passing = 0
         self._hook = model.register_forward_pre_hook(self._before_pass)
+        for joint in self._executor.joints():
+            joint.gather = self.gather
         if self._executor.slots is not None:
             self._executor.slots.gate = self
         self._thread = Thread(target=self._work, name="rounds", daemon=True)
@@ -162,6 +189,8 @@ class Rounds:
             self._change.notify_all()
         self._thread.join()
         self._hook.remove()
+        for joint in self._executor.joints():
+            joint.gather = None
         if self._executor.slots is not None:
             self._executor.slots.gate = None
 
@@ -174,6 +203,14 @@ class Rounds:
     def keeps(self, position: int) -> bool:
         """Whether unit `position` is still to serve others."""
         return position == self._shared
+
+    def gather(self, joint: Joint, job: Any) -> None:
+        """Have a job of a sequence done with those of the others; at once where there are no others."""
+        running = self._running
+        if self._passing > 1 and running is not None and running.is_current():
+            running.want(joint, job)
+        else:
+            joint.compute([job])
 
     def _before_pass(self, model: Any, arguments: Any) -> None:
         self.arrive(_BEFORE_A_PASS)
@@ -197,18 +234,42 @@ class Rounds:
         """Take every member once through the model: through one unit all of them, then through the next."""
         started, read = time.perf_counter(), self._executor.stats.bytes_read
         members = [sequence for sequence in self._members if sequence.at is not None]
+        self._passing = len(members)
         self._advance(members)
+        self._compute(members)
         while there := [sequence for sequence in members if sequence.at is not None and sequence.at >= 0]:
             position = min(sequence.at for sequence in there if sequence.at is not None)
             self._shared = position
             self._advance([sequence for sequence in there if sequence.at == position])
+            self._compute_next(members)  # what they want of this unit, if anything: it is still there
             self._shared = None
             assert self._executor.slots is not None, "only units of the ring are waited for"
             self._executor.slots.release(position)
+            self._compute(members)
         if members:
             self.rounds += 1
             nbytes = self._executor.stats.bytes_read - read
             self.recent.append(Round(time.perf_counter() - started, len(members), nbytes))
+
+    def _compute(self, members: list[Sequence]) -> None:
+        while self._compute_next(members):
+            pass
+
+    def _compute_next(self, members: list[Sequence]) -> bool:
+        """Do what comes first in a pass of what members want, for all who want it; return whether there was any."""
+        wanting = [(sequence, sequence.wants) for sequence in members if sequence.wants is not None]
+        if not wanting:
+            return False
+        joint = min((wish.joint for _, wish in wanting), key=lambda joint: joint.order)
+        served = [(sequence, wish) for sequence, wish in wanting if wish.joint is joint]
+        try:
+            with torch.inference_mode():  # as they are, or what they wait for could not be written
+                joint.compute([wish.job for _, wish in served])
+        except Exception as error:
+            for _, wish in served:
+                wish.error = error
+        self._advance([sequence for sequence, _ in served])
+        return True
 
     def _advance(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,18 @@ def tiny_8_bits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     flags = ["--bits", "8", "--group-size", "32", "--asymmetric"]
     assert main(["--model", str(tiny_model), "--output", str(directory), *flags]) == 0
     return directory
+
+
+@pytest.fixture
+def head_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every second block of the head streamed, and small blocks."""
+    from offload.planning.choice import plan
+
+    def planned(needs: Any, *arguments: Any) -> Any:
+        placement = plan(needs, *arguments)
+        tiers: Any = ["disk" if at % 2 == 0 else "host" for at in range(len(needs.head_blocks_bytes))]
+        lean = placement.needs.without_head()
+        return replace(placement, needs=lean, head_tiers=tuple(tiers), depth=max(1, placement.depth))
+
+    monkeypatch.setattr("offload.units._BLOCK_BYTES", 40_000)
+    monkeypatch.setattr("offload.executor.plan", planned)

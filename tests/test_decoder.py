@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.cpu_matmul import LEVELS, compiled_library, cpu_level
-from kernels.decoder import CompiledLayer, DecoderLayer, Projection
+from kernels.decoder import CompiledLayer, DecoderLayer, Projection, Token, dense_token, int8_token
 from kernels.kv_block import (
     BLOCK_TOKENS,
     BlockShape,
@@ -114,6 +114,9 @@ class Inputs:
     def fresh(self) -> "Inputs":
         return replace(self, keys=self.keys.clone(), values=self.values.clone())
 
+    def token(self, tokens: int) -> Token:
+        return dense_token(self.hidden, self.cos, self.sin, self.keys, self.values, tokens)
+
 
 def random_inputs(case: Case) -> Inputs:
     past = torch.full((2, case.key_heads, case.tokens + 3, case.head_dim), torch.nan)
@@ -123,6 +126,11 @@ def random_inputs(case: Case) -> Inputs:
     return Inputs(
         torch.randn(case.hidden).to(case.dtype), angles.cos().to(case.dtype), angles.sin().to(case.dtype), keys, values
     )
+
+
+def step(layer: DecoderLayer, token: Token, mode: Mode = "fast", level: int | None = None) -> Tensor:
+    CompiledLayer(layer).step([token], mode, level)
+    return token.out
 
 
 def naive_step(
@@ -174,9 +182,7 @@ def test_exact_step_equals_the_float64_layer(case: Case, level: int) -> None:
     layer, inputs = random_layer(case), random_inputs(case)
     truth, keys, values = naive_step(layer, inputs, case.tokens, torch.float64)
     given = inputs.fresh()
-    out = CompiledLayer(layer).step(
-        given.hidden, given.cos, given.sin, given.keys, given.values, case.tokens, "exact", level
-    )
+    out = step(layer, given.token(case.tokens), "exact", level)
     single, *single_cache = naive_step(layer, inputs, case.tokens, FP32)
     allowed = 2 * (single.to(case.dtype).double() - truth).abs().max() + 1e-6 * truth.abs().max()
     assert (out.double() - truth).abs().max() <= allowed
@@ -215,7 +221,7 @@ def test_exact_step_over_8_bit_blocks_equals_the_float64_layer(case: Case, level
         return naive_step(layer, inputs, tokens, dtype, cached)[0]
 
     expected = truth(torch.float64)
-    out = CompiledLayer(layer).step_int8(inputs.hidden, inputs.cos, inputs.sin, blocks, tokens, offset, "exact", level)
+    out = step(layer, int8_token(inputs.hidden, inputs.cos, inputs.sin, blocks, tokens, offset), "exact", level)
     allowed = 2 * (truth(FP32).to(case.dtype).double() - expected).abs().max() + 2e-4 * expected.abs().max()
     assert (out.double() - expected).abs().max() <= allowed
     written, _ = dequantize_blocks(KVContext(blocks, tokens + 1, offset))
@@ -236,15 +242,20 @@ def test_the_halves_of_a_step_give_the_bits_of_the_whole(case: Case, mode: Mode)
         write_tokens(blocks, 0, inputs.keys[None, :, :tokens], inputs.values[None, :, :tokens], offset)
         return blocks
 
-    whole, halves, token = filled(), filled(), (inputs.hidden, inputs.cos, inputs.sin)
-    queries = compiled.append_int8(*token, halves, tokens, offset, mode)
-    expected = compiled.step_int8(*token, whole, tokens, offset, mode)
-    for one, other in zip(whole, halves, strict=True):
-        assert torch.equal(one.memory, other.memory)
-    compiled.step_int8(-inputs.hidden, inputs.cos, inputs.sin, whole, tokens, offset, mode)
+    whole, halves = filled(), filled()
+    expected, found, other = (
+        int8_token(hidden, inputs.cos, inputs.sin, blocks, tokens, offset)
+        for hidden, blocks in ((inputs.hidden, whole), (inputs.hidden, halves), (-inputs.hidden, whole))
+    )
+    queries = compiled.append_int8(found, mode)
+    compiled.step([expected], mode)
+    for one, another in zip(whole, halves, strict=True):
+        assert torch.equal(one.memory, another.memory)
+    compiled.step([other], mode)
     parts = [(0, 256), (256, tokens + 1)] if tokens >= 256 else [(0, tokens + 1)]
     mixed = attention(queries, KVContext(halves, tokens + 1, offset), 1.0, parts=parts)
-    assert torch.equal(compiled.finish(inputs.hidden, mixed, mode), expected)
+    compiled.finish(found, mixed, mode)
+    assert torch.equal(found.out, expected.out)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -253,14 +264,11 @@ def test_every_level_gives_the_fast_step_of_the_portable_one(case: Case) -> None
     outs = []
     for level in range(cpu_level() + 1):
         given = inputs.fresh()
+        angles = given.cos.float(), given.sin.float()
         outs.append(
-            CompiledLayer(layer).step(
-                given.hidden.float(),
-                given.cos.float(),
-                given.sin.float(),
-                given.keys,
-                given.values,
-                case.tokens,
+            step(
+                layer,
+                dense_token(given.hidden.float(), *angles, given.keys, given.values, case.tokens),
                 level=level,
             )
         )
@@ -278,9 +286,7 @@ def test_threads_change_no_bit() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            given = inputs.fresh()
-            compiled = CompiledLayer(layer)
-            outs.append(compiled.step(given.hidden, given.cos, given.sin, given.keys, given.values, case.tokens))
+            outs.append(step(layer, inputs.fresh().token(case.tokens)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outs[0], outs[1])
@@ -291,8 +297,45 @@ def test_a_nan_is_not_lost() -> None:
     case = Case()
     layer, inputs = random_layer(case), random_inputs(case)
     inputs.keys[1, 2, 3] = torch.nan
-    out = CompiledLayer(layer).step(inputs.hidden, inputs.cos, inputs.sin, inputs.keys, inputs.values, case.tokens)
-    assert out.isnan().all()
+    assert step(layer, inputs.token(case.tokens)).isnan().all()
+
+
+@pytest.mark.parametrize("level", LEVEL_NUMBERS)
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sequences_together_get_the_bits_of_each_alone(case: Case, mode: Mode, level: int) -> None:
+    """Seven, with pasts of several lengths, plain and in 8 bits; more than a tile takes, and not a multiple of it."""
+    layer, dim = random_layer(case), case.head_dim
+    shape, offset = BlockShape(1, case.key_heads, dim, dim), torch.randn(case.key_heads, dim)
+    lengths = [case.tokens, 0, 1, 63, 64, 300, 17]
+    given = [random_inputs(replace(case, tokens=tokens)) for tokens in lengths]
+
+    def tokens_and_pasts() -> tuple[list[Token], list[Tensor]]:
+        tokens, pasts = [], []
+        for index, (inputs, length) in enumerate(zip(given, lengths, strict=True)):
+            fresh = inputs.fresh()
+            if index % 2 == 0:
+                tokens.append(fresh.token(length))
+                pasts += [fresh.keys, fresh.values]
+                continue
+            count = length // BLOCK_TOKENS + 1
+            memory = [torch.full((shape.nbytes,), 0xFF, dtype=torch.uint8) for _ in range(count)]
+            blocks = KVBlocks(shape, (KVBlock(shape, one) for one in memory))
+            if length:
+                write_tokens(blocks, 0, fresh.keys[None, :, :length], fresh.values[None, :, :length], offset)
+            tokens.append(int8_token(fresh.hidden, fresh.cos, fresh.sin, blocks, length, offset))
+            pasts += memory
+        return tokens, pasts
+
+    (apart, pasts_apart), (together, pasts_together) = tokens_and_pasts(), tokens_and_pasts()
+    for token in apart:
+        step(layer, token, mode, level)
+    CompiledLayer(layer).step(together, mode, level)
+    for one, other in zip(apart, together, strict=True):
+        assert one.out.isfinite().all()
+        assert torch.equal(one.out, other.out)
+    for past, other_past in zip(pasts_apart, pasts_together, strict=True):
+        assert torch.equal(past.view(torch.uint8), other_past.view(torch.uint8))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -11,8 +11,11 @@ import torch
 from test_architectures import FAMILIES, SHARED
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from eval.speed.random_model import SHAPES, write_checkpoint
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load
+from offload.fused import FusedLayer
+from offload.linear import JointProduct
 from offload.planning.choice import plan
 from offload.rounds import Cancelled, Rounds, Sequence
 from offload.sampling import Sampling
@@ -20,6 +23,7 @@ from offload.session import Prompts, Session
 from quant import rtn
 
 TEXTS = ["The quick brown fox", "and", "the dog, being lazy, lets it. " * 20, "Why is the sky blue?"] * 4
+SHORT = ["The quick brown fox", "the lazy dog", "Why is the sky blue?"]
 NEW_TOKENS = 6
 
 
@@ -79,6 +83,106 @@ def test_sixteen_get_the_tokens_that_each_gets_alone_for_the_reads_of_one(sessio
         units = len(session.executor.streamed_blobs)
         assert units * passes - len(slots.arenas) <= read <= units * passes + len(slots.arenas)
     assert asked[0].alone() == expected[0]  # the model is what it was
+
+
+def test_sequences_that_came_to_one_place_are_computed_together(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer once a pass for all; a prompt of several tokens goes through alone."""
+    sizes = counted(FusedLayer, monkeypatch)
+    asked = [Asked(session, text, Sampling()) for text in SHORT]
+    rounds = Rounds(session.model, 3)
+    with rounds._change:
+        rounds._waiting.extend(one.sequence for one in asked)
+        rounds._change.notify_all()
+    for one in asked:
+        assert one.done.wait(60)
+    rounds.close()
+    layers = len(session.executor.layers)
+    assert sizes == [3] * layers * (NEW_TOKENS - 1)
+    sizes.clear()
+    assert [one.tokens for one in asked] == [one.alone() for one in asked]
+    assert sizes == [1] * layers * (NEW_TOKENS - 1) * 3
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_packed_head_is_multiplied_with_all_who_came_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, in_blocks: bool
+) -> None:
+    write_checkpoint(SHAPES["tiny"], tmp_path / "out")
+    if in_blocks:
+        request.getfixturevalue("head_apart")
+    model = load(tmp_path / "out", device_map="disk", poison=True)
+    blocks = len(executor_of(model).placement.head_tiers) or 1
+    assert (blocks > 1) == in_blocks
+
+    @torch.inference_mode()
+    def generate(number: int) -> list[list[float]]:
+        tokens = torch.arange(1 + number, 5 + 2 * number)[None]
+        options = {"attention_mask": torch.ones_like(tokens), "output_logits": True, "return_dict_in_generate": True}
+        output = model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+        return [logits[0].tolist() for logits in output.logits]
+
+    expected, found = [generate(number) for number in range(7)], {}
+    sizes, ends, errors = counted(JointProduct, monkeypatch), [Event() for _ in range(7)], []
+
+    def asked(number: int) -> Sequence:
+        def end(error: BaseException | None) -> None:
+            errors.append(error)
+            ends[number].set()
+
+        return Sequence(lambda: found.update({number: generate(number)}), end)
+
+    rounds = Rounds(model, 7)
+    with rounds._change:
+        rounds._waiting.extend(map(asked, range(7)))
+        rounds._change.notify_all()
+    assert all(end.wait(60) for end in ends)
+    rounds.close()
+    assert errors == [None] * 7
+    assert [found[number] for number in range(7)] == expected
+    assert sizes == [7] * blocks * 4
+    executor_of(model).close()
+
+
+def counted(joint: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many sequences each computation of a kind was, from now on."""
+    sizes: list[int] = []
+    compute = joint.compute
+
+    def counting(self: Any, jobs: Any) -> None:
+        sizes.append(len(jobs))
+        compute(self, jobs)
+
+    monkeypatch.setattr(joint, "compute", counting)
+    return sizes
+
+
+def test_a_computation_that_fails_ends_who_wanted_it_and_the_next_one_runs(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, left = FusedLayer.compute, [4]
+
+    def failing(self: FusedLayer, jobs: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError("no room for the step")
+        compute(self, jobs)
+
+    monkeypatch.setattr(FusedLayer, "compute", failing)
+    asked = [Asked(session, text, Sampling()) for text in SHORT]
+    later = Asked(session, TEXTS[3], Sampling())
+    rounds = Rounds(session.model, 3)
+    with rounds._change:
+        rounds._waiting.extend(one.sequence for one in asked)
+        rounds._change.notify_all()
+    for one in asked:
+        assert one.done.wait(60)
+    rounds.add(later.sequence)
+    assert later.done.wait(60)
+    rounds.close()
+    assert [str(one.error) for one in asked] == ["no room for the step"] * 3
+    assert later.tokens == later.alone()
 
 
 def test_more_than_may_run_wait_in_line(session: Session) -> None:

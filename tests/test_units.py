@@ -76,21 +76,6 @@ def slots_for_experts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return give
 
 
-@pytest.fixture
-def head_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have every second block of the head streamed, and small blocks."""
-
-    def planned(needs: Needs, *arguments: Any) -> Placement:
-        placement = plan(needs, *arguments)
-        tiers: Any = ["disk" if at % 2 == 0 else "host" for at in range(len(needs.head_blocks_bytes))]
-        lean = placement.needs.without_head()
-        return replace(placement, needs=lean, head_tiers=tuple(tiers), depth=max(1, placement.depth))
-
-    monkeypatch.setattr("offload.units._BLOCK_BYTES", 40_000)
-    monkeypatch.setattr("offload.executor.plan", planned)
-    return
-
-
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 def test_experts_that_are_fetched_change_no_bit(
     mixture: Path, slots: int, slots_for_experts: Callable[[int], None]

@@ -101,7 +101,7 @@ void int4_fast(int level, int threads, const uint8_t* codes, const uint16_t* sca
                                            a.group_sum + m * w.groups()});
     });
     pool().run(threads, rows, chunk_rows(w, batch),
-               [&](int64_t begin, int64_t end) { k.fast(w, a, batch, bias, out, begin, end); });
+               [&](int64_t begin, int64_t end) { k.fast(w, a, batch, bias, {out, rows}, begin, end); });
 }
 
 // The same product with float32 activations.
@@ -111,7 +111,7 @@ void int4_exact(int level, int threads, const uint8_t* codes, const uint16_t* sc
     const Weight w{codes, scale, zero, rows, inputs, group, bits, scale_is_bf16 != 0};
     const Kernels& k = kernels(level);
     pool().run(threads, rows, chunk_rows(w, batch),
-               [&](int64_t begin, int64_t end) { k.exact(w, x, batch, bias, out, begin, end); });
+               [&](int64_t begin, int64_t end) { k.exact(w, x, inputs, batch, bias, {out, rows}, begin, end); });
 }
 
 // out [stop - start, inputs] = rows start..stop of the weight in float32.

@@ -1,4 +1,5 @@
-// One token through one decoder layer, in one call: what remains of a layer's time is what its weights take to be read.
+// A token of each of some sequences through one decoder layer, in one call: what remains of a layer's time is what its
+// weights take to be read, once for all of them. Each gets the bits that it would get alone.
 #include "attention.h"
 
 #include <algorithm>
@@ -12,22 +13,32 @@ using namespace int4;
 namespace {
 
 constexpr int64_t kLargestShareBytes = 512 << 10, kSmallestShareBytes = 32 << 10;
+constexpr int64_t kBatchedShareRows = 32;  // which the tiles of a batch read again and again
 constexpr int64_t kShares = 4;  // of a product for each thread, so that one that is held up is not waited for
 
 struct KeyValues {
     uint8_t *keys, *values;  // [key_heads, capacity, head_dim]
-    int32_t dtype;
     int64_t capacity, tokens;
+    int32_t dtype;
 
     int64_t element_bytes() const { return dtype == kFloat32 ? 4 : 2; }
 };
 
-// Kept between calls: a token passes through many layers of one size.
+// A sequence's next token and its past: `blocks` of 8 bits with room for one token more, or `cache` where they are null.
+struct Token {
+    const void *hidden, *cos, *sin;
+    void* out;
+    const KvContext* blocks;
+    KeyValues cache;
+};
+
+// Kept between calls: a token passes through many layers of one size. Those of each token lie `width` apart.
 struct Scratch {
-    std::vector<float> residual, normed, wide, mixed, vector, angles, sums, tops, scales, group_sums;
+    std::vector<float> residual, normed, wide, mixed, norm, vector, angles, sums, tops, scales, group_sums;
     std::vector<int8_t> values;
     std::vector<int32_t> centres;
     std::vector<uint8_t> workspace;
+    int64_t width = 0;
 };
 
 Scratch& scratch() {
@@ -37,70 +48,101 @@ Scratch& scratch() {
 
 class Step {
   public:
-    Step(int level, int threads, bool exact, const DecoderLayer& layer, Scratch& buffers)
+    Step(int level, int threads, bool exact, const DecoderLayer& layer, int32_t dtype, const Token* tokens, int64_t count,
+         Scratch& buffers)
         : products_(kernels(level)), lanes_(decoder_kernels(level)), level_(level), threads_(threads), exact_(exact),
-          layer_(layer), buffers_(buffers) {}
-
-    // Past: KeyValues, or a KvContext of 8-bit blocks with room for one token more.
-    template <class Past>
-    void run(const Vector& hidden, const Vector& cos, const Vector& sin, const Past& past, void* out) {
-        append(hidden, cos, sin, past);
-        attend(buffers_.wide.data(), past);
-        finish(hidden, out);
+          layer_(layer), dtype_(dtype), tokens_(tokens), count_(count), buffers_(buffers) {
+        const int64_t qkv = (layer.heads + 2 * layer.key_heads) * layer.head_dim;
+        buffers.width = std::max({qkv, 2 * layer.down.weight.inputs, layer.hidden});
+        for (auto* buffer : {&buffers.residual, &buffers.normed, &buffers.wide, &buffers.mixed})
+            buffer->resize(count * buffers.width);
+        for (auto* buffer : {&buffers.norm, &buffers.vector}) buffer->resize(buffers.width);
     }
 
-    // Up to attention: the scaled queries are left in `wide`, the key and the value behind the past.
-    template <class Past>
-    void append(const Vector& hidden, const Vector& cos, const Vector& sin, const Past& past) {
-        resize();
-        lanes_.widen(hidden, layer_.hidden, buffers_.residual.data());
-        normalize(layer_.input_norm, layer_.hidden, buffers_.residual.data(), buffers_.normed.data());
-        product(layer_.qkv, 3, buffers_.normed.data(), buffers_.wide.data());
-        rotate(cos, sin, buffers_.wide.data());
-        write(buffers_.wide.data() + layer_.heads * layer_.head_dim, past);
+    void run() {
+        append();
+        for (int64_t m = 0; m < count_; ++m) {
+            if (tokens_[m].blocks)
+                attend(m, *tokens_[m].blocks);
+            else
+                attend(m, tokens_[m].cache);
+        }
+        finish();
     }
 
-    // After attention, whose result is in `mixed`.
-    void finish(const Vector& hidden, void* out) {
+    // Up to attention: the scaled queries are left in `wide`, key and value behind the past.
+    void append() {
+        widen_inputs();
+        normalize(layer_.input_norm);
+        product(layer_.qkv, 3, buffers_.normed, buffers_.wide);
+        for (int64_t m = 0; m < count_; ++m) {
+            rotate(m);
+            const float* keys = wide(m) + layer_.heads * layer_.head_dim;
+            if (tokens_[m].blocks)
+                write(keys, *tokens_[m].blocks);
+            else
+                write(keys, tokens_[m].cache);
+        }
+    }
+
+    // After attention, whose result is in `mixed`, with the inputs in `residual`.
+    void finish() {
         const int64_t mlp = layer_.down.weight.inputs;
-        resize();
-        lanes_.widen(hidden, layer_.hidden, buffers_.residual.data());
-        add_product(layer_.output, buffers_.mixed.data());
-        normalize(layer_.mlp_norm, layer_.hidden, buffers_.residual.data(), buffers_.normed.data());
-        product(layer_.gate_up, 2, buffers_.normed.data(), buffers_.wide.data());
-        lanes_.gate(buffers_.wide.data(), buffers_.wide.data() + mlp, mlp, buffers_.mixed.data());
-        add_product(layer_.down, buffers_.mixed.data());
-        lanes_.narrow(buffers_.residual.data(), hidden.dtype, layer_.hidden, out);
+        add_product(layer_.output);
+        normalize(layer_.mlp_norm);
+        product(layer_.gate_up, 2, buffers_.normed, buffers_.wide);
+        each([&](int64_t m) { lanes_.gate(wide(m), wide(m) + mlp, mlp, mixed(m)); });
+        add_product(layer_.down);
+        each([&](int64_t m) { lanes_.narrow(residual(m), dtype_, layer_.hidden, tokens_[m].out); });
+    }
+
+    // Of the inputs the residual stream begins.
+    void widen_inputs() {
+        each([&](int64_t m) { lanes_.widen({tokens_[m].hidden, dtype_}, layer_.hidden, residual(m)); });
     }
 
   private:
-    void resize() {
-        const int64_t qkv = (layer_.heads + 2 * layer_.key_heads) * layer_.head_dim;
-        const int64_t widest = std::max({qkv, 2 * layer_.down.weight.inputs, layer_.hidden});
-        buffers_.residual.resize(layer_.hidden);
-        for (auto* buffer : {&buffers_.normed, &buffers_.wide, &buffers_.mixed, &buffers_.vector})
-            buffer->resize(widest);
+    float* row(std::vector<float>& buffer, int64_t m) { return buffer.data() + m * buffers_.width; }
+    float* residual(int64_t m) { return row(buffers_.residual, m); }
+    float* normed(int64_t m) { return row(buffers_.normed, m); }
+    float* wide(int64_t m) { return row(buffers_.wide, m); }
+    float* mixed(int64_t m) { return row(buffers_.mixed, m); }
+
+    template <class Body>
+    void each(const Body& body) {
+        pool().run(threads_, count_, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; ++m) body(m);
+        });
     }
 
-    void normalize(const Vector& norm, int64_t count, const float* x, float* out) {
-        lanes_.widen(norm, count, buffers_.vector.data());
-        lanes_.normalize(x, buffers_.vector.data(), count, layer_.norm_epsilon, out);
+    void normalize(const Vector& norm) {
+        lanes_.widen(norm, layer_.hidden, buffers_.norm.data());
+        each([&](int64_t m) {
+            lanes_.normalize(residual(m), buffers_.norm.data(), layer_.hidden, layer_.norm_epsilon, normed(m));
+        });
     }
 
     // out = x times each of the weights, one after the other, plus its bias. Those without rows come last.
-    void product(const Linear* linears, int count, const float* x, float* out) {
+    void product(const Linear* linears, int count, std::vector<float>& x, std::vector<float>& out) {
+        int64_t first_row = 0;
         for (int together; count > 0 && linears->weight.rows; linears += together, count -= together) {
             together = alike(linears, count);
             const Weight& first = linears[0].weight;
             const Activations activations = exact_ ? Activations{} : quantize(first, x);
             int64_t rows = 0;
             for (int i = 0; i < together; ++i) rows += linears[i].weight.rows;
-            const int64_t share = std::clamp(rows * first.row_bytes() / (kShares * threads_), kSmallestShareBytes,
+            const int64_t bytes = std::clamp(rows * first.row_bytes() / (kShares * threads_), kSmallestShareBytes,
                                              kLargestShareBytes);
-            pool().run(threads_, rows, share / (first.row_bytes() + 1) + 1, [&](int64_t begin, int64_t end) {
-                multiply(linears, together, x, activations, begin, end, out);
-            });
-            for (int i = 0; i < together; ++i) out = add_bias(linears[i], out);
+            const int64_t share = bytes / (first.row_bytes() + 1) + 1;
+            const Products products{out.data() + first_row, buffers_.width};
+            pool().run(threads_, rows, count_ > 1 ? std::min(share, kBatchedShareRows) : share,
+                       [&](int64_t begin, int64_t end) {
+                           multiply(linears, together, x.data(), activations, begin, end, products);
+                       });
+            for (int i = 0; i < together; ++i) {
+                add_bias(linears[i], out.data() + first_row);
+                first_row += linears[i].weight.rows;
+            }
         }
     }
 
@@ -114,58 +156,67 @@ class Step {
         return same;
     }
 
-    Activations quantize(const Weight& w, const float* x) {
-        buffers_.values.resize(w.steps() * kStep);
-        buffers_.scales.resize(w.steps() * kSums);
-        buffers_.centres.resize(w.steps() * kSums);
-        buffers_.group_sums.resize(w.groups());
-        const Activations activations{buffers_.values.data(), buffers_.scales.data(), buffers_.centres.data(),
-                                      buffers_.group_sums.data()};
-        products_.quantize(w, x, activations);
-        return activations;
+    Activations quantize(const Weight& w, std::vector<float>& x) {
+        const int64_t steps = w.steps(), sums = steps * kSums;
+        buffers_.values.resize(count_ * steps * kStep);
+        buffers_.scales.resize(count_ * sums);
+        buffers_.centres.resize(count_ * sums);
+        buffers_.group_sums.resize(count_ * w.groups());
+        const Activations a{buffers_.values.data(), buffers_.scales.data(), buffers_.centres.data(),
+                            buffers_.group_sums.data()};
+        each([&](int64_t m) {
+            products_.quantize(w, row(x, m), {a.values + m * steps * kStep, a.scale + m * sums, a.centre + m * sums,
+                                              a.group_sum + m * w.groups()});
+        });
+        return a;
     }
 
     void multiply(const Linear* linears, int count, const float* x, const Activations& activations, int64_t begin,
-                  int64_t end, float* out) const {
+                  int64_t end, Products out) const {
         for (int i = 0; i < count && end > 0; ++i) {
             const Weight& w = linears[i].weight;
             const int64_t last = std::min(end, w.rows);
             if (begin < last) {
                 if (exact_)
-                    products_.exact(w, x, 1, nullptr, out, begin, last);
+                    products_.exact(w, x, buffers_.width, count_, nullptr, out, begin, last);
                 else
-                    products_.fast(w, activations, 1, nullptr, out, begin, last);
+                    products_.fast(w, activations, count_, nullptr, out, begin, last);
             }
             begin = std::max<int64_t>(begin - w.rows, 0);
             end -= w.rows;
-            out += w.rows;
+            out.data += w.rows;
         }
     }
 
-    float* add_bias(const Linear& linear, float* out) {
-        if (linear.bias.data) {
-            lanes_.widen(linear.bias, linear.weight.rows, buffers_.vector.data());
-            for (int64_t i = 0; i < linear.weight.rows; ++i) out[i] += buffers_.vector[i];
-        }
-        return out + linear.weight.rows;
+    void add_bias(const Linear& linear, float* out) {
+        if (!linear.bias.data) return;
+        lanes_.widen(linear.bias, linear.weight.rows, buffers_.vector.data());
+        for (int64_t m = 0; m < count_; ++m)
+            for (int64_t i = 0; i < linear.weight.rows; ++i) out[m * buffers_.width + i] += buffers_.vector[i];
     }
 
-    void add_product(const Linear& linear, const float* x) {
-        product(&linear, 1, x, buffers_.normed.data());
-        for (int64_t i = 0; i < layer_.hidden; ++i) buffers_.residual[i] += buffers_.normed[i];
+    // Add to the residual stream what a weight makes of `mixed`.
+    void add_product(const Linear& linear) {
+        product(&linear, 1, buffers_.mixed, buffers_.normed);
+        for (int64_t m = 0; m < count_; ++m)
+            for (int64_t i = 0; i < layer_.hidden; ++i) residual(m)[i] += normed(m)[i];
     }
 
     // Norms of heads, where there are some, then positions as rotations (arXiv:2104.09864), the halves of a head paired.
-    void rotate(const Vector& cos, const Vector& sin, float* qkv) {
+    void rotate(int64_t m) {
         const int64_t dim = layer_.head_dim, half = layer_.rotary / 2;
+        float* qkv = wide(m);
         buffers_.angles.resize(2 * layer_.rotary);
         float *cosines = buffers_.angles.data(), *sines = cosines + layer_.rotary;
-        lanes_.widen(cos, layer_.rotary, cosines);
-        lanes_.widen(sin, layer_.rotary, sines);
+        lanes_.widen({tokens_[m].cos, dtype_}, layer_.rotary, cosines);
+        lanes_.widen({tokens_[m].sin, dtype_}, layer_.rotary, sines);
         for (int64_t h = 0; h < layer_.heads + layer_.key_heads; ++h) {
             float* x = qkv + h * dim;
             const Vector& norm = h < layer_.heads ? layer_.query_norm : layer_.key_norm;
-            if (norm.data) normalize(norm, dim, x, x);
+            if (norm.data) {
+                lanes_.widen(norm, dim, buffers_.norm.data());
+                lanes_.normalize(x, buffers_.norm.data(), dim, layer_.norm_epsilon, x);
+            }
             for (int64_t i = 0; i < half; ++i) {
                 const float a = x[i], b = x[i + half];
                 x[i] = a * cosines[i] - b * sines[i];
@@ -193,16 +244,16 @@ class Step {
         append_tokens(level_, threads_, past, new_keys, new_values, 1);
     }
 
-    void attend(const float* queries, const KvContext& past) {
-        AttentionJob job{past, {queries, kFloat32, {0, layer_.head_dim, 0}}, layer_.heads, 1, 1.0f, nullptr, 0};
+    void attend(int64_t m, const KvContext& past) {
+        AttentionJob job{past, {wide(m), kFloat32, {0, layer_.head_dim, 0}}, layer_.heads, 1, 1.0f, nullptr, 0};
         ++job.context.tokens;
         buffers_.workspace.resize(attention_workspace_bytes(past.shape, layer_.heads, 1, job.context.tokens));
         attend_pieces(level_, threads_, job, 0, job.context.tokens, buffers_.workspace.data());
-        merge_pieces(level_, job, buffers_.workspace.data(), kFloat32, buffers_.mixed.data());
+        merge_pieces(level_, job, buffers_.workspace.data(), kFloat32, mixed(m));
     }
 
     // Attention by pieces of the context, merged in order: the result does not depend on the number of threads.
-    void attend(const float* queries, const KeyValues& cache) {
+    void attend(int64_t m, const KeyValues& cache) {
         const int64_t dim = layer_.head_dim, group = layer_.heads / layer_.key_heads, tokens = cache.tokens + 1;
         const int64_t pieces = (tokens + kContextPiece - 1) / kContextPiece;
         buffers_.sums.resize(layer_.heads * pieces * dim);
@@ -216,13 +267,13 @@ class Step {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t h = i / pieces, p = i % pieces;
                 const int64_t start = h * cache.capacity * dim * cache.element_bytes();
-                const AttentionHead head{queries + h * group * dim, cache.keys + start, cache.values + start,
+                const AttentionHead head{wide(m) + h * group * dim, cache.keys + start, cache.values + start,
                                          group, dim, cache.dtype};
                 lanes_.attend(head, p * kContextPiece, std::min((p + 1) * kContextPiece, tokens), part(h, p));
             }
         });
         for (int64_t h = 0; h < layer_.key_heads; ++h)
-            for (int64_t g = 0; g < group; ++g) merge(h, g, pieces, part, buffers_.mixed.data() + (h * group + g) * dim);
+            for (int64_t g = 0; g < group; ++g) merge(h, g, pieces, part, mixed(m) + (h * group + g) * dim);
     }
 
     template <class Part>
@@ -244,6 +295,9 @@ class Step {
     const int level_, threads_;
     const bool exact_;
     const DecoderLayer& layer_;
+    const int32_t dtype_;
+    const Token* const tokens_;
+    const int64_t count_;
     Scratch& buffers_;
 };
 
@@ -254,34 +308,30 @@ extern "C" {
 // Bytes of the layer's description, as the caller lays it out.
 int64_t int4_decoder_layer_bytes() { return sizeof(DecoderLayer); }
 
-// out [hidden] = the layer's output for one token, both of `dtype`; its keys and values are appended to the cache,
-// [key_heads, capacity, head_dim] each, which holds `tokens` before. cos, sin: [rotary] of `dtype`.
-void int4_decode(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
-                 const void* cos, const void* sin, void* keys, void* values, int cache_dtype, int64_t capacity,
-                 int64_t tokens, void* out) {
-    const KeyValues cache{static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values), cache_dtype, capacity, tokens};
-    Step(level, threads, exact != 0, *layer, scratch()).run({hidden, dtype}, {cos, dtype}, {sin, dtype}, cache, out);
+int64_t int4_decoder_token_bytes() { return sizeof(Token); }
+
+// For each token: out [hidden] = the layer's output, of `dtype` as hidden, cos and sin [rotary] are; its key and value are
+// appended to its past.
+void int4_decode(int level, int threads, int exact, const DecoderLayer* layer, int dtype, const Token* tokens,
+                 int64_t count) {
+    Step(level, threads, exact != 0, *layer, dtype, tokens, count, scratch()).run();
 }
 
-// The same over 8-bit blocks, of one sequence, which have room for one token more.
-void int4_decode_blocks(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
-                        const void* cos, const void* sin, const KvContext* context, void* out) {
-    Step(level, threads, exact != 0, *layer, scratch()).run({hidden, dtype}, {cos, dtype}, {sin, dtype}, *context, out);
-}
-
-// The first half of that step, up to attention: queries [heads, head_dim] float32, scaled; the token is appended.
-void int4_decode_append(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
-                        const void* cos, const void* sin, const KvContext* context, float* queries) {
+// The first half of that for one token, up to attention: queries [heads, head_dim] float32, scaled.
+void int4_decode_append(int level, int threads, int exact, const DecoderLayer* layer, int dtype, const Token* token,
+                        float* queries) {
     Scratch& buffers = scratch();
-    Step(level, threads, exact != 0, *layer, buffers).append(Vector{hidden, dtype}, {cos, dtype}, {sin, dtype}, *context);
+    Step(level, threads, exact != 0, *layer, dtype, token, 1, buffers).append();
     std::copy_n(buffers.wide.data(), layer->heads * layer->head_dim, queries);
 }
 
 // The second half: mixed [heads, head_dim] float32 is what attention made of the queries.
-void int4_decode_finish(int level, int threads, int exact, const DecoderLayer* layer, const void* hidden, int dtype,
-                        const float* mixed, void* out) {
+void int4_decode_finish(int level, int threads, int exact, const DecoderLayer* layer, int dtype, const Token* token,
+                        const float* mixed) {
     Scratch& buffers = scratch();
-    buffers.mixed.assign(mixed, mixed + layer->heads * layer->head_dim);
-    Step(level, threads, exact != 0, *layer, buffers).finish({hidden, dtype}, out);
+    Step step(level, threads, exact != 0, *layer, dtype, token, 1, buffers);
+    std::copy_n(mixed, layer->heads * layer->head_dim, buffers.mixed.data());
+    step.widen_inputs();
+    step.finish();
 }
 }

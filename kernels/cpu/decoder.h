@@ -1,4 +1,4 @@
-// One token through one decoder layer of the Llama family: what the instruction sets supply, and what is handed over.
+// Tokens through one decoder layer of the Llama family: what the instruction sets supply, and what is handed over.
 #pragma once
 #include "job.h"
 

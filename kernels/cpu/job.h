@@ -39,12 +39,18 @@ struct Activations {
     float* group_sum;  // [M, K/G], the dequantised sum over each weight group: what a zero point is multiplied by
 };
 
+// [M, N], the rows `stride` apart.
+struct Products {
+    float* data;
+    int64_t stride;
+};
+
 struct Kernels {
     void (*quantize)(const Weight&, const float* x, const Activations& out);  // one row of x
-    void (*fast)(const Weight&, const Activations&, int64_t batch, const float* bias, float* out, int64_t begin,
+    void (*fast)(const Weight&, const Activations&, int64_t batch, const float* bias, const Products& out, int64_t begin,
                  int64_t end);
-    void (*exact)(const Weight&, const float* x, int64_t batch, const float* bias, float* out, int64_t begin,
-                  int64_t end);
+    void (*exact)(const Weight&, const float* x, int64_t x_stride, int64_t batch, const float* bias, const Products& out,
+                  int64_t begin, int64_t end);
     void (*dequantize)(const Weight&, float* out, int64_t begin, int64_t end);
     int64_t (*read)(const uint8_t* data, int64_t bytes);
 };

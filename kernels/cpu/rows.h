@@ -137,7 +137,7 @@ void quantize(const int4::Weight& w, const float* x, const int4::Activations& ou
 // memory, and stored at every step (measured, Zen 4: a quarter of the time of 64 activations).
 template <int B, int G, int R, int T, bool Ahead = false>
 inline void tile(const int4::Weight& w, const int4::Activations& x, const float* scale, const float* scale_zero,
-                 int64_t stride, const float* bias, float* out, int64_t row, int64_t m, int64_t apart = 1) {
+                 int64_t stride, const float* bias, const int4::Products& out, int64_t row, int64_t m, int64_t apart = 1) {
     const int64_t steps = w.steps(), whole = w.inputs / int4::kStep, tail_bytes = w.row_bytes() - whole * int4::kStepBytes<B>;
     Total total[R][T] = {};
     for (int64_t s = 0; s < steps; ++s) {
@@ -174,14 +174,14 @@ inline void tile(const int4::Weight& w, const int4::Activations& x, const float*
             const int64_t at = row + r * apart;
             const float* group_sum = x.group_sum + (m + t) * w.groups();
             const float offset = w.zero ? sum_products(scale_zero + r * stride, group_sum, w.groups()) : 0;
-            out[(m + t) * w.rows + at] = sums[r][t] - offset + (bias ? bias[at] : 0);
+            out.data[(m + t) * out.stride + at] = sums[r][t] - offset + (bias ? bias[at] : 0);
         }
 }
 
 // At most kTileBatch activations. The first of a batch bring the weights from memory, for the others they are in a cache.
 template <int B, int G, int R>
 inline void row_block(const int4::Weight& w, const int4::Activations& x, int64_t m, int64_t m_end, const float* bias,
-                      float* out, int64_t row, float* scratch, int64_t stride) {
+                      const int4::Products& out, int64_t row, float* scratch, int64_t stride) {
     float *scale = scratch, *scale_zero = scratch + R * stride;
     for (int r = 0; r < R; ++r) row_scales<B>(w, row + r, scale + r * stride, scale_zero + r * stride);
     if (m + kTileBatch == m_end) {
@@ -194,8 +194,8 @@ inline void row_block(const int4::Weight& w, const int4::Activations& x, int64_t
 
 // Rows from `begin` times activation `m`, in runs side by side; returns the first row that is left over.
 template <int B, int G>
-int64_t side_by_side(const int4::Weight& w, const int4::Activations& x, int64_t m, const float* bias, float* out,
-                     int64_t begin, int64_t end, float* scratch, int64_t stride) {
+int64_t side_by_side(const int4::Weight& w, const int4::Activations& x, int64_t m, const float* bias,
+                     const int4::Products& out, int64_t begin, int64_t end, float* scratch, int64_t stride) {
     const int64_t apart = (end - begin) / kRuns;
     float *scale = scratch, *scale_zero = scratch + kRuns * stride;
     for (int64_t row = begin; row < begin + apart; ++row) {
@@ -207,8 +207,8 @@ int64_t side_by_side(const int4::Weight& w, const int4::Activations& x, int64_t 
 }
 
 template <int B, int G>
-void fast_rows(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
-               int64_t begin, int64_t end) {
+void fast_rows(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias,
+               const int4::Products& out, int64_t begin, int64_t end) {
     const int64_t stride = w.groups() + 4;
     float* scratch = new float[2 * (kRuns > kTileRows ? kRuns : kTileRows) * stride];
     for (int64_t m = 0; m < batch; m += kTileBatch) {
@@ -223,8 +223,8 @@ void fast_rows(const int4::Weight& w, const int4::Activations& x, int64_t batch,
 }
 
 template <int B>
-void fast_groups(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
-                 int64_t begin, int64_t end) {
+void fast_groups(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias,
+                 const int4::Products& out, int64_t begin, int64_t end) {
     auto rows = w.group == w.inputs ? fast_rows<B, 0>
                 : w.group == 32     ? fast_rows<B, 32>
                 : w.group == 64     ? fast_rows<B, 64>
@@ -232,7 +232,7 @@ void fast_groups(const int4::Weight& w, const int4::Activations& x, int64_t batc
     rows(w, x, batch, bias, out, begin, end);
 }
 
-void fast(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, float* out,
+void fast(const int4::Weight& w, const int4::Activations& x, int64_t batch, const float* bias, const int4::Products& out,
           int64_t begin, int64_t end) {
     (w.bits == 4 ? fast_groups<4> : fast_groups<8>)(w, x, batch, bias, out, begin, end);
 }
@@ -261,14 +261,15 @@ void dequantize(const int4::Weight& w, float* out, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) dequantize_one(w, row, out + (row - begin) * w.inputs);
 }
 
-void exact(const int4::Weight& w, const float* x, int64_t batch, const float* bias, float* out, int64_t begin,
-           int64_t end) {
+void exact(const int4::Weight& w, const float* x, int64_t x_stride, int64_t batch, const float* bias,
+           const int4::Products& out, int64_t begin, int64_t end) {
     const auto dequantize_one = w.bits == 4 ? dequantize_row<4> : dequantize_row<8>;
     float* values = new float[w.inputs];
     for (int64_t row = begin; row < end; ++row) {
         dequantize_one(w, row, values);
         for (int64_t m = 0; m < batch; ++m)
-            out[m * w.rows + row] = sum_products(values, x + m * w.inputs, w.inputs) + (bias ? bias[row] : 0);
+            out.data[m * out.stride + row] =
+                sum_products(values, x + m * x_stride, w.inputs) + (bias ? bias[row] : 0);
     }
     delete[] values;
 }
