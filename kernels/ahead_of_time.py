@@ -20,8 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.attention import MOST_FUSED_QUERIES
-from kernels.kv_block import BLOCK_TOKENS
+from kernels.kv_block import BLOCK_TOKENS, MOST_FUSED_QUERIES
 from kernels.triton_attention import AttentionTile
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
 from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel

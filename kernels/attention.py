@@ -15,13 +15,14 @@ from torch.nn.functional import pad
 
 from kernels.cpu_attention import CompiledAttention, append_tokens_cpu
 from kernels.cpu_matmul import compiled_library
-from kernels.kv_block import KVBlocks, KVContext, dequantize_blocks, write_tokens
-
-MOST_FUSED_QUERIES = 16
-"""New tokens of a sequence that read the codes directly; more of them are faster over keys dequantised once for all."""
-
-CHUNK_TOKENS = 1024
-"""Tokens that are dequantised together: fixed, so that sums do not depend on how much of a context is in memory."""
+from kernels.kv_block import (
+    CHUNK_TOKENS,
+    MOST_FUSED_QUERIES,
+    KVBlocks,
+    KVContext,
+    dequantize_blocks,
+    write_tokens,
+)
 
 
 def append_tokens(

@@ -28,6 +28,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+MOST_FUSED_QUERIES = 16
+"""New tokens of a sequence that read the codes directly; more of them are faster over keys dequantised once for all."""
+
+CHUNK_TOKENS = 1024
+"""Tokens that are dequantised together: fixed, so that sums do not depend on how much of a context is in memory."""
+
 BLOCK_TOKENS = 64
 """Tokens of a block: enough for one read or copy to be long, few enough that a half-empty last one costs little."""
 

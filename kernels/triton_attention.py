@@ -14,8 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.attention import CHUNK_TOKENS, MOST_FUSED_QUERIES
-from kernels.kv_block import BLOCK_TOKENS, KVBlocks, KVContext
+from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, MOST_FUSED_QUERIES, KVBlocks, KVContext
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
 
 SPLIT_TOKENS, MOST_SPLITS = 256, 64

@@ -13,8 +13,7 @@ from typing import Protocol
 
 import torch
 
-from kernels.attention import CHUNK_TOKENS
-from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock
+from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, BlockShape, KVBlock
 from offload.checkpoint import LayerBlob
 from offload.command import format_bytes
 from offload.device import Fence

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kernels.attention import CHUNK_TOKENS
-from kernels.kv_block import BLOCK_TOKENS, select_sequences
+from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, select_sequences
 from offload.cache import INT8_ATTENTION, Int8Layer, KVCache
 from offload.errors import UsageError
 from offload.kv_shelf import CHUNK_BLOCKS, Chunk, Shelf, Store

@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import CHUNK_TOKENS, MOST_FUSED_QUERIES, append_tokens, attention
+from kernels.attention import append_tokens, attention
 from kernels.cpu_attention import PIECE_TOKENS, CompiledAttention, append_tokens_cpu
 from kernels.cpu_matmul import LEVELS, compiled_library, cpu_level
-from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock, KVBlocks, KVContext, write_tokens
+from kernels.kv_block import (
+    BLOCK_TOKENS,
+    CHUNK_TOKENS,
+    MOST_FUSED_QUERIES,
+    BlockShape,
+    KVBlock,
+    KVBlocks,
+    KVContext,
+    write_tokens,
+)
 from kernels.reference import attention_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

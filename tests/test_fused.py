@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from kernels.attention import CHUNK_TOKENS
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer, Token
+from kernels.kv_block import CHUNK_TOKENS
 from offload import fused
 from offload.cache import KVCache
 from offload.executor import executor_of, load, new_cache

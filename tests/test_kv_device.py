@@ -15,8 +15,7 @@ from test_device import placed
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kernels.attention import CHUNK_TOKENS
-from kernels.kv_block import BlockShape
+from kernels.kv_block import CHUNK_TOKENS, BlockShape
 from offload import generate as command
 from offload import limit as limit_module
 from offload.cache import Int8Layer

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, Gemma2Config, PreTrainedModel
 
-from kernels.attention import CHUNK_TOKENS
-from kernels.kv_block import BlockShape
+from kernels.kv_block import CHUNK_TOKENS, BlockShape
 from offload.cache import KVCache, use_int8_attention
 from offload.errors import ResourceError, UsageError
 from offload.executor import executor_of, load, new_cache

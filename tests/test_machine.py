@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from kernels.attention import CHUNK_TOKENS
-from kernels.kv_block import BlockShape
+from kernels.kv_block import CHUNK_TOKENS, BlockShape
 from offload.checkpoint import Checkpoint
 from offload.errors import InputError
 from offload.planning import machine

@@ -17,7 +17,8 @@ from eval.speed import cpu as speed_cpu
 from eval.speed.__main__ import main
 from eval.speed.cpu import Contenders
 from eval.speed.ggml import Ggml, GgmlWeight, find_directory, survived
-from eval.speed.kernels import PEERS, Case, Measurement, random_weight
+from eval.speed.kernels import random_weight
+from eval.speed.measurement import PEERS, Case, Measurement
 from eval.speed.timing import Samples, copies_in, paired
 from kernels.cpu_matmul import LEVELS, cpu_level
 from kernels.packed import BITS, dequantize

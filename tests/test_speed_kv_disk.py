@@ -8,7 +8,7 @@ from fake_device import fake_gpu
 
 from eval.speed.__main__ import main
 from eval.speed.kv import Shape
-from kernels.attention import CHUNK_TOKENS
+from kernels.kv_block import CHUNK_TOKENS
 from offload.cache import Int8Layer, int8_attention
 from offload.kv_shelf import Shelf
 from offload.kv_store import FileStore

@@ -13,8 +13,16 @@ from test_attention import BF16, CASES, FP16, FP32, Case, empty_blocks, random_c
 from torch import Tensor
 
 from kernels.ahead_of_time import compile_one, configurations
-from kernels.attention import CHUNK_TOKENS, MOST_FUSED_QUERIES
-from kernels.kv_block import BLOCK_TOKENS, BlockShape, KVBlock, KVBlocks, KVContext, write_tokens
+from kernels.kv_block import (
+    BLOCK_TOKENS,
+    CHUNK_TOKENS,
+    MOST_FUSED_QUERIES,
+    BlockShape,
+    KVBlock,
+    KVBlocks,
+    KVContext,
+    write_tokens,
+)
 from kernels.reference import attention_reference
 from kernels.triton_attention import MOST_SPLITS, SPLIT_TOKENS, TritonAttention, append_tokens_triton, split_tokens
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.speed.kernels import PEERS, Measurement
+from eval.speed.measurement import PEERS, Measurement
 from offload.errors import ResourceError
 
 _BASELINE = "torch bf16"
