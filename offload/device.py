@@ -7,8 +7,8 @@ returns, which it calls when the device has come there.
 
 import mmap
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cached_property
+from contextlib import AbstractContextManager, suppress
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +88,9 @@ class Device(Protocol):
 
     def compute_waits(self, fence: Fence) -> None:
         """Let what the caller queues from now on begin behind a fence."""
+
+    def computing(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return a context in which any thread computes in the stream in which this one does now."""
 
     def read_later(self, value: Tensor) -> Callable[[], bool]:
         """Queue bringing a truth value to the host, bool [], behind what computes it.
@@ -225,6 +228,13 @@ class CudaDevice:
         """Let what the caller queues from now on begin behind a fence."""
         assert isinstance(fence, CudaFence), "fences of one device"
         torch.cuda.current_stream(self.torch_device).wait_event(fence.event)
+
+    def computing(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return a context in which any thread computes in the stream in which this one does now.
+
+        torch's current stream, and its current device, are each thread's own.
+        """
+        return partial(torch.cuda.stream, torch.cuda.current_stream(self.torch_device))
 
     def read_later(self, value: Tensor) -> Callable[[], bool]:
         """Queue bringing a truth value to the host, bool [], behind what computes it.

@@ -99,19 +99,24 @@ def bytes_by_link(executor: Executor) -> dict[Link, int]:
     memory: of the host, what is multiplied there and what a device reads or is sent out of it.
     """
     placement, computed, head_bytes = executor.placement, executor.layer_token_bytes, executor.head_bytes
-    staged = executor.units.staged(placement.split)
-    sent = [sum(blob.nbytes for blob in layer.parts) for layer in staged]  # whichever experts are routed to
 
-    def of(how: str, sizes: Sequence[int]) -> int:
-        return sum(nbytes for nbytes, one in zip(sizes, placement.hows, strict=True) if one == how)
+    def of(how: str) -> int:
+        return sum(nbytes for nbytes, one in zip(computed, placement.hows, strict=True) if one == how)
 
-    bus, on_device = of("staged", sent) + of("mapped", computed), executor.device_side is not None
+    bus, on_device = staged_bytes(executor) + of("mapped"), executor.device_side is not None
     return {
         "disk": placement.disk_bytes,
         "bus": bus,
-        "memory": bus + of("host", computed) + (0 if on_device else head_bytes),
-        "device memory": of("resident", computed) + of("staged", computed) + head_bytes if on_device else 0,
+        "memory": bus + of("host") + (0 if on_device else head_bytes),
+        "device memory": of("resident") + of("staged") + head_bytes if on_device else 0,
     }
+
+
+def staged_bytes(executor: Executor) -> int:
+    """Return what a pass copies of layers to a device, whoever takes part and whichever experts are routed to."""
+    hows, staged = executor.placement.hows, executor.units.staged(executor.placement.split)
+    sent = (sum(blob.nbytes for blob in layer.parts) for layer in staged)
+    return sum(nbytes for nbytes, how in zip(sent, hows, strict=True) if how == "staged")
 
 
 def _rest(executor: Executor) -> None:

@@ -53,28 +53,39 @@ class Recovery:
 
     def run(self, arguments: Any, options: Any) -> Any:
         """Return what the model's own forward returns."""
-        if not self._executor.arranged:  # an interrupt came while layers were moved
-            self._arrange_anew()
         cache = next((value for value in (*arguments, *options.values()) if isinstance(value, Cache)), None)
         undo = _undo_of(cache)
         while True:
+            if not self._executor.arranged:  # an interrupt came while layers were moved
+                self._between_passes(self._arrange_anew)
             if self._rearranged and cache is not None:
                 self._follow(cache)
+            before = self._executor.placement
             try:
                 moved, named = move_inputs(self._executor.device, self._model, arguments, options)
                 return self._forward(*moved, **named)
             except torch.OutOfMemoryError:
                 pass  # what the pass left on the device is freed with the error
-            self._make_room(undo)
+            if undo is None:
+                raise ResourceError(
+                    "the GPU ran out of memory, and the cache of this model cannot be put back to where the pass "
+                    "began; give a smaller --gpu-memory"
+                )
+            undo()
+            self._between_passes(functools.partial(self._make_room, before))
 
-    def _make_room(self, undo: Callable[[], None] | None) -> None:
-        if undo is None:
-            raise ResourceError(
-                "the GPU ran out of memory, and the cache of this model cannot be put back to where the pass began; "
-                "give a smaller --gpu-memory"
-            )
-        undo()
-        before = self._executor.placement
+    def _between_passes(self, act: Callable[[], None]) -> None:
+        """Change what passes use, when no other one is under way."""
+        wait_for_others = self._executor.between_passes
+        if wait_for_others is None:
+            act()
+        else:
+            wait_for_others(act)
+
+    def _make_room(self, before: Placement) -> None:
+        """Have less on the GPU than where a pass ran out of memory; another pass may have seen to it since."""
+        if self._executor.placement is not before:
+            return
         self._shrink()
         after = self._executor.placement
         _log.warning(
@@ -88,6 +99,8 @@ class Recovery:
         )
 
     def _arrange_anew(self) -> None:
+        if self._executor.arranged:  # another pass came first
+            return
         try:
             self._rearrange(self._executor.placement)
             return

@@ -1,15 +1,16 @@
 """Rounds: sequences that run at once share every pass over the streamed weights.
 
 Each sequence is an ordinary `generate()` in a thread of its own, of which one alone runs at any moment: a thread stands
-still before each pass, before each unit of the ring, and where it wants what is cheaper for all at once (see `Joint`),
-until every other one of the round has come there too. So a unit is read once for all of them, each of them gets what it
-would compute alone, bit for bit, and one that fails or is cancelled leaves the others as they were. Who comes during a
-round takes part in the next.
+still before each pass, before each unit of a ring, and where it wants what is cheaper for all at once (see `Joint`), until
+every other one of the round has come there too. So a unit is read, or copied to a GPU, once for all of them, each of them
+gets what it would compute alone, bit for bit, and one that fails or is cancelled leaves the others as they were. Who
+comes during a round takes part in the next.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Condition, Semaphore, Thread, current_thread
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload.errors import UsageError
 from offload.executor import executor_of
 from offload.joint import Joint
+from offload.transfer import Slots
 
 _BEFORE_A_PASS = -1
+_BETWEEN_PASSES = -2
+"""As before a pass, and to go on before any other begins one: what all of them use is to be changed."""
+
 _WINDOW_ROUNDS = 32
 
 
@@ -48,15 +52,17 @@ class Sequence:
         self._run, self._ended = run, ended
         self._go, self._back = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._work, name="sequence", daemon=True)
+        self._computing: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.at: int | None = _BEFORE_A_PASS
         self.wants: Wish | None = None
         self.cancelled = False
 
-    def start(self) -> None:
-        """Run until the first pass; return then."""
+    def start(self, computing: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Run until the first pass; return then. computing: in which the thread computes, see `Device.computing`."""
         if self.cancelled:
             self.drop()
             return
+        self._computing = computing
         try:
             self._thread.start()
         except RuntimeError as error:  # the system has no thread left
@@ -101,7 +107,8 @@ class Sequence:
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            self._run()
+            with self._computing():
+                self._run()
         except BaseException as raised:  # whatever it is, it is this sequence's alone
             error = raised
         self.at = None
@@ -113,23 +120,40 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One pass for all. sequences: how many took part; bytes_read: from disk meanwhile."""
+    """One pass for all. sequences: how many took part; bytes_read: from disk meanwhile; bytes_copied: to a GPU."""
 
     seconds: float
     sequences: int
     bytes_read: int
+    bytes_copied: int
+
+
+@dataclass(frozen=True, slots=True)
+class _RingGate:
+    """Stands before one ring of several. first: what its first unit is numbered as among those of all of them."""
+
+    rounds: "Rounds"
+    first: int
+
+    def arrive(self, position: int) -> None:
+        """Let a sequence stand still before unit `position` of the ring."""
+        self.rounds.arrive(self.first + position)
+
+    def keeps(self, position: int) -> bool:
+        """Whether unit `position` of the ring is still to serve others."""
+        return self.rounds.keeps(self.first + position)
 
 
 class Rounds:
     """Runs sequences on a loaded model, at most `most` at a time; the others wait in line. To be closed.
 
-    Raises UsageError for a model with layers on a GPU: their slots know no gate yet.
+    On a GPU they compute in the stream in which whoever makes this computes.
     """
 
     def __init__(self, model: PreTrainedModel, most: int) -> None:
         self._executor, self._most = executor_of(model), most
-        if self._executor.device_side is not None:
-            raise UsageError("requests share passes over layers on the host only: leave the GPU out, or generate alone")
+        side = self._executor.device_side
+        self._computing = nullcontext if side is None else side.device.computing()
         self._change = Condition()
         self._waiting: deque[Sequence] = deque()
         self._members: list[Sequence] = []
@@ -140,10 +164,8 @@ class Rounds:
         self.recent: deque[Round] = deque(maxlen=_WINDOW_ROUNDS)
         self._passing = 0
         self._hook = model.register_forward_pre_hook(self._before_pass)
-        for joint in self._executor.joints():
-            joint.gather = self.gather
-        if self._executor.slots is not None:
-            self._executor.slots.gate = self
+        self._units: list[tuple[Slots, int]] = []  # of all rings, with their positions there
+        self._executor.between_passes = self._between_passes
         self._thread = Thread(target=self._work, name="rounds", daemon=True)
         self._thread.start()
 
@@ -189,20 +211,21 @@ class Rounds:
             self._change.notify_all()
         self._thread.join()
         self._hook.remove()
+        self._executor.between_passes = None
         for joint in self._executor.joints():
             joint.gather = None
-        if self._executor.slots is not None:
-            self._executor.slots.gate = None
+        for ring in self._executor.rings:
+            ring.gate = None
 
-    def arrive(self, position: int) -> None:
-        """Let a sequence stand still before unit `position` of the ring."""
+    def arrive(self, unit: int) -> None:
+        """Let a sequence stand still before a unit of the rings."""
         running = self._running
         if running is not None and running.is_current():
-            running.pause(position)
+            running.pause(unit)
 
-    def keeps(self, position: int) -> bool:
-        """Whether unit `position` is still to serve others."""
-        return position == self._shared
+    def keeps(self, unit: int) -> bool:
+        """Whether a unit is still to serve others."""
+        return unit == self._shared
 
     def gather(self, joint: Joint, job: Any) -> None:
         """Have a job of a sequence done with those of the others; at once where there are no others."""
@@ -215,7 +238,26 @@ class Rounds:
     def _before_pass(self, model: Any, arguments: Any) -> None:
         self.arrive(_BEFORE_A_PASS)
 
+    def _between_passes(self, act: Callable[[], None]) -> None:
+        """Let a sequence do what changes the rings, when no other one is amid a pass."""
+        self.arrive(_BETWEEN_PASSES)
+        act()
+        self.arrive(_BEFORE_A_PASS)
+
+    def _prepare(self) -> None:
+        """Set a gate before each ring; where layers left a GPU since the last pass, they are other ones. So are joints."""
+        self._units = []
+        for joint in self._executor.joints():
+            joint.gather = self.gather
+        for ring in self._executor.rings:
+            ring.gate = _RingGate(self, len(self._units))
+            self._units += [(ring, position) for position in range(len(ring.blobs))]
+
     def _work(self) -> None:
+        with self._computing():
+            self._take_turns()
+
+    def _take_turns(self) -> None:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._members or self._waiting or self._closed)
@@ -225,31 +267,34 @@ class Rounds:
                 self._members += joining
             for sequence in joining:
                 self._running = sequence
-                sequence.start()
+                sequence.start(self._computing)
             self._pass()
             with self._change:
                 self._members = [sequence for sequence in self._members if sequence.at is not None]
 
     def _pass(self) -> None:
         """Take every member once through the model: through one unit all of them, then through the next."""
-        started, read = time.perf_counter(), self._executor.stats.bytes_read
+        started, before = time.perf_counter(), self._executor.stats
         members = [sequence for sequence in self._members if sequence.at is not None]
         self._passing = len(members)
-        self._advance(members)
+        self._advance([sequence for sequence in members if sequence.at == _BETWEEN_PASSES])
+        self._prepare()
+        self._advance([sequence for sequence in members if sequence.at == _BEFORE_A_PASS])
         self._compute(members)
         while there := [sequence for sequence in members if sequence.at is not None and sequence.at >= 0]:
-            position = min(sequence.at for sequence in there if sequence.at is not None)
-            self._shared = position
-            self._advance([sequence for sequence in there if sequence.at == position])
+            unit = min(sequence.at for sequence in there if sequence.at is not None)
+            self._shared = unit
+            self._advance([sequence for sequence in there if sequence.at == unit])
             self._compute_next(members)  # what they want of this unit, if anything: it is still there
             self._shared = None
-            assert self._executor.slots is not None, "only units of the ring are waited for"
-            self._executor.slots.release(position)
+            ring, position = self._units[unit]
+            ring.release(position)
             self._compute(members)
         if members:
             self.rounds += 1
-            nbytes = self._executor.stats.bytes_read - read
-            self.recent.append(Round(time.perf_counter() - started, len(members), nbytes))
+            after, seconds = self._executor.stats, time.perf_counter() - started
+            copied = after.layer_bytes_copied - before.layer_bytes_copied
+            self.recent.append(Round(seconds, len(members), after.bytes_read - before.bytes_read, copied))
 
     def _compute(self, members: list[Sequence]) -> None:
         while self._compute_next(members):

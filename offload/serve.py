@@ -39,7 +39,9 @@ def _command(argv: list[str]) -> None:
             raise UsageError(f"--{word.replace('_', '-')} {getattr(options, word)}: expected at least {least}")
     words = words_of(options)
     if Wishes.of(words).kv_bytes is not None:
-        raise UsageError("keys and values on disk: they are one request's, and a server has many; use --kv int8 alone")
+        raise UsageError(
+            "keys and values beyond memory: the budget is one request's, and a server has many; use --kv int8 alone"
+        )
     key = _key(options)
     check_made(options.model)
     try:

@@ -40,7 +40,8 @@ from offload.units import Units, without
 class StreamingStats:
     """What has been read from disk since the model was loaded.
 
-    cache_bytes_copied: keys and values between host memory and a device, in both directions.
+    cache_bytes_copied: keys and values between host memory and a device, in both directions. layer_bytes_copied: layers
+    to it.
     """
 
     bytes_read: int
@@ -48,6 +49,7 @@ class StreamingStats:
     wait_seconds: float
     direct: bool
     cache_bytes_copied: int = 0
+    layer_bytes_copied: int = 0
 
 
 class Executor:
@@ -55,7 +57,7 @@ class Executor:
 
     device: what a placement that uses one means. poison: fill freed slots with NaN, for tests. slots: the ring that
     disk is read into. arranged: whether every layer has its weights, or is lent them; not after a rearrangement that
-    was interrupted.
+    was interrupted. between_passes: calls what rearranges, when nobody else is amid a pass; None where nobody is.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Executor:
         self._kept: list[LayerView] = []
         self._earlier = StreamingStats(0, 0, 0.0, True)
         self.arranged = False
+        self.between_passes: Callable[[Callable[[], None]], None] | None = None
         self.kv: KVFormat | None = None
         self.kv_bytes: int | None = None
         self._kv_queue: ReadQueue | None = None
@@ -109,6 +112,12 @@ class Executor:
             device = self.device_side.device
             fence = {"staged": device.mark_copies, "mapped": device.mark_compute}.get(placement.way)
         return Slots(self.streamed_blobs, placement.depth, queue, self.poison, fence)
+
+    @property
+    def rings(self) -> tuple[Slots, ...]:
+        """The slots that disk is read into, and those on a device."""
+        on_device = None if self.device_side is None else self.device_side.ring
+        return tuple(ring for ring in (self.slots, on_device) if ring is not None)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -146,6 +155,7 @@ class Executor:
             earlier.wait_seconds + sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
             self.reader.direct,
             0 if side is None else side.cache_copies.copied_bytes + side.cache_copies_back.copied_bytes,
+            0 if side is None else side.layer_copies.copied_bytes,
         )
 
     @property

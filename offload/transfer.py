@@ -48,7 +48,7 @@ class Slots:
         poison: bool = False,
         fence: Callable[[], Fence] | None = None,
     ) -> None:
-        self.queue, self._blobs, self._poison, self._fence = queue, blobs, poison, fence
+        self.queue, self.blobs, self._poison, self._fence = queue, blobs, poison, fence
         size = max(blob.nbytes for blob in blobs)
         self.arenas: list[Any] = [Arena(size) for _ in range(arenas)] if isinstance(arenas, int) else list(arenas)
         self.gate: Gate | None = None
@@ -84,7 +84,7 @@ class Slots:
             if held is None:
                 return
             self._put_back(held.slot)
-            self._fill((position + 1) % len(self._blobs))
+            self._fill((position + 1) % len(self.blobs))
 
     def reset(self) -> None:
         """Forget everything that is queued or there: all slots are free again once what is under way has ended."""
@@ -93,15 +93,15 @@ class Slots:
 
     def _fill(self, position: int) -> None:
         """Queue blob `position` and its successors as far as there are free slots. The lock is held."""
-        for step in range(len(self._blobs)):
-            wanted = (position + step) % len(self._blobs)
+        for step in range(len(self.blobs)):
+            wanted = (position + step) % len(self.blobs)
             if wanted in self._held:
                 continue
             if not self._free:
                 break
             slot = self._free.popleft()
             after, self._after[slot] = self._after[slot], None
-            transfer = self.queue.put(self._blobs[wanted], self.arenas[slot], self, after=after)
+            transfer = self.queue.put(self.blobs[wanted], self.arenas[slot], self, after=after)
             self._held[wanted] = _Held(slot, transfer)
 
     def _reset(self) -> None:

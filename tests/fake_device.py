@@ -10,7 +10,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class FakeDevice:
 
     limit: memory for allocations, None for no end of it; held_bytes: what they hold now, peak_bytes: held at most;
     buffers_bytes: of pinned memory that was allocated. fused_batch: activations up to which a product takes no memory
-    for its dequantized weight.
+    for its dequantized weight. streams: that something was computed in; each thread has a current one.
 
     eager: copies happen when they are queued instead of as late as can be.
     """
@@ -91,6 +92,23 @@ class FakeDevice:
         self.waited_in: list[str] = []
         self._clocks: dict[str, Clock] = {}
         self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._current = threading.local()
+        self.streams: set[str] = set()
+
+    @property
+    def stream(self) -> str:
+        return str(getattr(self._current, "stream", "the default"))
+
+    @contextmanager
+    def in_stream(self, name: str) -> Iterator[None]:
+        before, self._current.stream = self.stream, name
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    def computing(self) -> Callable[[], AbstractContextManager[None]]:
+        return partial(self.in_stream, self.stream)
 
     def clock_of(self, stream: str) -> Clock:
         return self._clocks.setdefault(stream, {})
@@ -171,6 +189,7 @@ class FakeDevice:
 
     def mark_compute(self) -> FakeFence:
         with self.lock:
+            self.streams.add(self.stream)
             return FakeFence(self, dict(self.clock_of("compute")))
 
     def stamp_copies(self) -> FakeStamp:
@@ -187,6 +206,7 @@ class FakeDevice:
 
     def compute_waits(self, fence: FakeFence) -> None:
         with self.lock:
+            self.streams.add(self.stream)
             self.run_copies(fence.clock.get("copy", 0))
             join(self.clock_of("compute"), fence.clock)
 
@@ -225,6 +245,7 @@ class FakeDevice:
         with self.lock:
             region = self._region(tensor.data_ptr(), self.regions) or self._region(tensor.data_ptr())
             if region is not None:
+                self.streams.add(self.stream)
                 clock = self.clock_of("compute")
                 assert clock.get("copy", 0) >= region.written, "a kernel reads a slot without waiting for its copy"
                 clock["compute"] = region.used = clock.get("compute", 0) + 1

@@ -11,14 +11,13 @@ from fake_device import FakeDevice, fake_gpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.errors import ResourceError, UsageError
+from offload.errors import ResourceError
 from offload.executor import executor_of, load
 from offload.planning.choice import plan as real_plan
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.words import describe
-from offload.rounds import Rounds
 
 pytestmark = pytest.mark.timeout(120)
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
@@ -162,14 +161,6 @@ def test_a_pass_after_an_interrupted_one_is_right(
 
 def raise_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def test_requests_are_not_served_together_from_a_gpu(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        placed(monkeypatch, tiny_checkpoint, "resident") as (model, _),
-        pytest.raises(UsageError, match="requests share passes over layers on the host only: leave the GPU out"),
-    ):
-        Rounds(model, 2)
 
 
 def test_generation_is_that_of_the_host(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, Gemma3TextConfig
+from transformers.cache_utils import DynamicLayer
 
 from offload.cache import Int8Layer
+from offload.recovery import move_layer
 from offload.sampling import Sampling
 from offload.serving.prefixes import Prefixes
 from offload.session import Prompts, Session
@@ -95,6 +97,24 @@ def test_what_was_not_used_for_longest_goes_first_and_ends_before_beginnings(ses
     assert (found(new), found(old)) == (128, 0)
     run(session, tokens(4, 400), prefixes)  # longer than all that may be kept
     assert (prefixes.tokens, found(tokens(4, 400)), found(new)) == (192, 192, 0)
+
+
+@pytest.mark.parametrize("kind", [DynamicLayer, Int8Layer])
+def test_passes_that_were_kept_before_layers_changed_their_place_go_on_where_the_last_one_was(kind: Any) -> None:
+    prefixes, prompt, there = Prefixes(1024, PASS_TOKENS), tokens(1, 129), torch.device("meta")
+    for device, count in ((torch.device("cpu"), 64), (there, 128)):
+        cache = DynamicCache()
+        cache.layers.append(kind())
+        cache.layers[0].update(*(torch.zeros(1, 2, count, 16) for _ in range(2)))
+        move_layer(cache.layers[0], device)
+        prefixes.keep(prompt[:count], cache)
+    cache = DynamicCache()
+    cache.layers.append(kind())
+    assert prefixes.take(prompt, cache) == 128
+    (layer,) = cache.layers
+    found = [block.memory for block in layer.blocks] if isinstance(layer, Int8Layer) else [layer.keys, layer.values]
+    assert layer.get_seq_length() == 128
+    assert all(tensor.device == there for tensor in found)
 
 
 def test_windows_do_not_keep_what_would_be_reused(tiny_checkpoint: Path) -> None:

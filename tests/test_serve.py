@@ -452,9 +452,9 @@ def test_past_its_grace_what_runs_is_cut_and_a_made_key_works(tiny_checkpoint: P
     [
         (["--context", "1"], 2, "--context 1: expected at least 2"),
         (
-            ["--kv", "int8", "--kv-memory", "1GiB"],
+            ["--kv", "int8", "--kv-memory", "1GiB", "--n-gpu-layers", "-1"],
             2,
-            "keys and values on disk: they are one request's, and a server has",
+            "keys and values beyond memory: the budget is one request's, and a server has many; use --kv int8 alone",
         ),
         (["--parallel", "0"], 2, "--parallel 0: expected at least 1"),
         (["--port", "70000"], 2, "--port 70000: expected a number between 0 and 65535"),

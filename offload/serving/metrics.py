@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from offload.limit import Limit
+from offload.limit import Limit, staged_bytes
 from offload.rounds import Rounds
 from offload.streaming import Executor
 
@@ -56,15 +56,24 @@ class _RoundsCollector(Collector):
             labels=["link"],
         )
         for link in self._links:
-            carried = self._per_second(0, 1) if link.link == "disk" else self._per_second(link.bytes_per_token)
             rate.add_metric([link.link], link.bytes_per_second)
-            fraction.add_metric([link.link], carried / link.bytes_per_second)
+            fraction.add_metric([link.link], self._carried_per_second(link) / link.bytes_per_second)
         yield rate
         yield fraction
 
-    def _per_second(self, of_sequence: int, of_byte: int = 0) -> float:
+    def _carried_per_second(self, link: Limit) -> float:
+        """Return the bytes that a link carries: those of a ring once for all that run, all others for each of them."""
+        if link.link == "disk":
+            return self._per_second(0, of_read=1)
+        if link.link == "device memory":
+            return self._per_second(link.bytes_per_token)
+        return self._per_second(link.bytes_per_token - staged_bytes(self._executor), of_copied=1)
+
+    def _per_second(self, of_sequence: int, of_read: int = 0, of_copied: int = 0) -> float:
         """Return a sum over the last rounds by their seconds, 0 while nothing runs."""
         recent = list(self._rounds.recent) if self._rounds.running else []
         seconds = sum(one.seconds for one in recent)
-        total = sum(of_sequence * one.sequences + of_byte * one.bytes_read for one in recent)
+        total = sum(
+            of_sequence * one.sequences + of_read * one.bytes_read + of_copied * one.bytes_copied for one in recent
+        )
         return total / seconds if seconds else 0.0

@@ -53,9 +53,10 @@ class Prefixes:
         passes = [self._passes[key] for key in found]
         for layer, parts in zip(cache.layers, zip(*passes, strict=True), strict=True) if passes else ():
             if isinstance(layer, Int8Layer):
-                layer.begin_with([block.copy() for blocks, _ in parts for block in blocks], parts[0][1])
+                device = parts[-1][0][0].memory.device
+                layer.begin_with([block.copy(device) for blocks, _ in parts for block in blocks], parts[0][1])
             else:
-                layer.update(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
+                layer.update(*(_joined(tensors) for tensors in zip(*parts, strict=True)))
         self._use(found)
         return len(found) * self._pass_tokens
 
@@ -87,3 +88,8 @@ class Prefixes:
     def _use(self, keys: Sequence[tuple[int, ...]]) -> None:
         for key in reversed(keys):  # the end first: no pass is to stay without those before it
             self._passes.move_to_end(key)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return passes in one, where the last was kept: layers may have left a GPU meanwhile."""
+    return torch.cat([tensor.to(tensors[-1].device) for tensor in tensors], dim=2)

@@ -1,0 +1,268 @@
+"""Sequences that share the passes of a model on a GPU, on a faked one: tokens, copies, and what one does to others."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice, fake_gpu
+from test_device import PLACEMENTS, placed
+from test_recovery import Full, check_memory
+from transformers import PreTrainedModel
+
+from offload import rounds as module
+from offload.checkpoint import LayerBlob
+from offload.executor import executor_of
+from offload.limit import Limit, bytes_by_link
+from offload.planning.needs import Needs
+from offload.planning.placement import Placement
+from offload.rounds import Cancelled, Rounds
+from offload.sampling import Sampling
+from offload.serving.metrics import Metrics
+from offload.serving.prefixes import Prefixes
+from offload.session import Prompts, Session
+
+pytestmark = pytest.mark.timeout(120)
+PROMPTS = [(5, 77, 130, 9, 200, 41, 3), (8,), tuple(range(1, 80)), (100, 4, 9)]
+"""The third is longer than what is multiplied straight across the bus, and than what needs no dequantized weight."""
+
+NEW_TOKENS, PASS_TOKENS = 4, 64
+SOME = ["resident", "staged, 1 slot", "disk and memory into staged in parts", "mapped and disk into mapped", "host"]
+
+
+class Asked:
+    """A sequence of its own, with what became of it. ended: called at its end."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Sequence[int], ended: Callable[[], Any] = list) -> None:
+        self.model, self.prompt, self.ended = model, prompt, ended
+        self.found: list[int] | None = None
+        self.error: BaseException | None = None
+        self.done = Event()
+        self.sequence = module.Sequence(self.run, self.end)
+
+    @torch.inference_mode()
+    def generated(self) -> list[int]:
+        tokens = torch.tensor([self.prompt])
+        options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+        found: list[int] = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
+        return found
+
+    def run(self) -> None:
+        self.found = self.generated()
+
+    def end(self, error: BaseException | None) -> None:
+        self.error = error
+        self.ended()
+        self.done.set()
+
+
+def alone(model: PreTrainedModel) -> list[list[int]]:
+    return [Asked(model, prompt).generated() for prompt in PROMPTS]
+
+
+def together(model: PreTrainedModel, asked: Sequence[Asked], most: int = 4) -> Rounds:
+    """Run all of them from the same round on, as far as they may, to their ends."""
+    rounds = Rounds(model, most)
+    with rounds._change:
+        rounds._waiting.extend(one.sequence for one in asked)
+        rounds._change.notify_all()
+    assert all(one.done.wait(60) for one in asked)
+    rounds.close()
+    return rounds
+
+
+def count_copies(model: PreTrainedModel) -> list[str]:
+    """Return the names of what is copied to the device from now on, as they come."""
+    copied: list[str] = []
+    side = executor_of(model).device_side
+    assert side is not None
+
+    def note(blob: LayerBlob, *_: Any) -> None:
+        copied.append(blob.module)
+
+    side.layer_copies.on_copy = note
+    return copied
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_each_gets_the_tokens_that_it_gets_alone_for_the_copies_of_one(
+    name: str, eager: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(monkeypatch, tiny_checkpoint, name, device=FakeDevice(eager=eager)) as (model, _):
+        executor = executor_of(model)
+        expected = alone(model)
+        copied, reads = count_copies(model), executor.stats.layer_reads
+        asked = [Asked(model, prompt) for prompt in PROMPTS]
+        rounds = together(model, asked)
+        assert [one.error for one in asked] == [None] * 4
+        assert [one.found for one in asked] == expected
+        assert rounds.rounds == NEW_TOKENS
+        ring = executor.device_side.ring if executor.device_side is not None else None
+        units = [] if ring is None else [blob.module for blob in ring.blobs]
+        for unit in units:  # those that were copied ahead before the first round, and after the last one
+            assert NEW_TOKENS - 1 <= copied.count(unit) <= NEW_TOKENS + 1
+        assert abs(len(copied) - NEW_TOKENS * len(units)) <= executor.placement.device_depth
+        read = executor.stats.layer_reads - reads
+        ahead = executor.placement.depth + executor.placement.device_depth
+        assert abs(read - NEW_TOKENS * len(executor.streamed_blobs)) <= ahead
+        assert sum(each.bytes_copied for each in rounds.recent) >= (NEW_TOKENS - 1) * sum(
+            blob.nbytes for blob in (() if ring is None else ring.blobs)
+        )
+        assert alone(model) == expected  # the model is what it was
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_that_fails_or_is_cancelled_amid_a_pass_leaves_the_others_alone(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)  # it calls no modules
+    with placed(monkeypatch, tiny_checkpoint, name) as (model, _):
+        expected = alone(model)
+        for place in range(len(executor_of(model).layers)):
+            leaf = executor_of(model).layers[place].mlp.down_proj
+            asked = [Asked(model, prompt) for prompt in PROMPTS]
+            calls = 0
+
+            def interfere(*_: Any, asked: list[Asked] = asked) -> None:
+                nonlocal calls
+                calls += asked[1].sequence.is_current()
+                if asked[1].sequence.is_current() and calls == 2:
+                    asked[3].sequence.cancelled = True  # before the next unit or pass that it would compute
+                    raise RuntimeError("mine alone")
+
+            handle = leaf.register_forward_pre_hook(interfere)
+            together(model, asked)
+            handle.remove()
+            assert str(asked[1].error) == "mine alone"
+            assert isinstance(asked[3].error, Cancelled)
+            assert [asked[0].found, asked[2].found] == [expected[0], expected[2]]
+            assert alone(model) == expected
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_gpu_that_is_full_gives_up_layers_when_nobody_is_amid_a_pass(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)  # it rounds in another way than modules on a GPU
+    with placed(monkeypatch, tiny_checkpoint, name) as (model, device):
+        expected, first = alone(model), executor_of(model).placement
+        asked = [Asked(model, prompt) for prompt in PROMPTS]
+        full = [Full(executor_of(model).layers[1].mlp, nth) for nth in (2, 2, 9)]  # of two in one round, and later
+        together(model, asked)
+        assert all(one.calls > one.nth for one in full)
+        assert [one.error for one in asked] == [None] * 4
+        assert [one.found for one in asked] == expected
+        assert executor_of(model).placement.device_bytes < first.device_bytes
+        assert caplog.text.count("generation goes on with the tokens it has") == 2
+        check_memory(model, device)
+        assert executor_of(model).between_passes is None
+        assert all(ring.gate is None for ring in executor_of(model).rings)
+    assert not device.pinned
+
+
+def test_who_finds_no_share_that_fits_ends_alone(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)  # it rounds in another way than modules on a GPU
+    with placed(monkeypatch, tiny_checkpoint, "staged, 2 slots") as (model, device):
+        expected = alone(model)
+        asked = [Asked(model, prompt) for prompt in PROMPTS if len(prompt) < device.fused_batch]
+        asked[0].ended = lambda: setattr(device, "limit", None)
+
+        def fill(*_: Any) -> None:
+            if asked[0].sequence.is_current():
+                device.limit = 0
+                raise torch.OutOfMemoryError("told to have no memory")
+
+        executor_of(model).layers[2].mlp.register_forward_pre_hook(fill)
+        rearrange, moved = executor_of(model).rearrange, []
+
+        def counted(placement: Placement) -> None:
+            rearrange(placement)
+            moved.append(placement)
+
+        monkeypatch.setattr(executor_of(model), "rearrange", counted)
+        together(model, asked)
+        assert len(moved) == 1  # by one of those that go on, for both
+        assert "a smaller share" in str(asked[0].error)
+        assert [one.found for one in asked[1:]] == [expected[1], expected[3]]
+        assert executor_of(model).arranged
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_what_is_drawn_and_what_prompts_share_is_that_of_each_alone(
+    kv: str | None, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(needs: Needs, *_: Any) -> Placement:
+        return Placement(depth=0, needs=needs, budget_bytes=None, **PLACEMENTS["staged between resident"])
+
+    monkeypatch.setattr("offload.session.PREFILL_CHUNK_TOKENS", PASS_TOKENS)
+    begun = list(range(1, 2 * PASS_TOKENS + 1))
+    prompts = [[*begun, 7], [*begun[:PASS_TOKENS], 9, 9], [8, 3], [*begun, 100, 4]]
+    found: dict[int, list[int]] = {}
+    with fake_gpu(monkeypatch):
+        monkeypatch.setattr("offload.executor.plan", plan)
+        session = Session(Prompts(tiny_checkpoint), 512, {"n_gpu_layers": -1, "kv": kv})
+        prefixes = Prefixes(1024, PASS_TOKENS)
+
+        def answer(number: int, kept: Prefixes | None) -> list[int]:
+            cache = session.new_cache()
+            if kept is not None and cache is not None:
+                kept.take(prompts[number], cache)
+            tokens = session.generate(prompts[number], NEW_TOKENS, Sampling(0.9, seed=number), cache=cache)
+            if kept is not None and cache is not None:
+                kept.keep(prompts[number], cache)
+            return tokens
+
+        def asked(at: int) -> module.Sequence:
+            return module.Sequence(
+                lambda: found.update({at: answer(at % len(prompts), prefixes)}), lambda error: ends[at].set()
+            )
+
+        ends = [Event() for _ in range(2 * len(prompts))]
+        rounds = Rounds(session.model, 3)
+        for at in range(len(ends)):
+            rounds.add(asked(at))
+        assert all(end.wait(60) for end in ends)
+        rounds.close()
+        assert prefixes.tokens == 2 * PASS_TOKENS
+        expected = [answer(number, None) for number in range(len(prompts))]
+        assert [found[at] for at in range(len(ends))] == expected * 2
+        session.close()
+
+
+def test_the_share_of_each_link_counts_what_is_copied_once_and_what_each_reads(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """600 bytes in a second, in two rounds of 3 and 1; the bus takes one layer of those, whoever takes part."""
+    with placed(monkeypatch, tiny_checkpoint, "host") as (model, _):
+        executor, planned = executor_of(model), bytes_by_link(executor_of(model))
+        recent = [module.Round(0.5, 3, 40, 300), module.Round(0.5, 1, 60, 300)]
+        rounds = SimpleNamespace(recent=recent, running=3, waiting=0, rounds=2)
+        links = [Limit("disk", 1e3, 0), *(Limit(link, 1e6, planned[link]) for link in ("bus", "memory"))]
+        links.append(Limit("device memory", 1e6, planned["device memory"]))
+        text = Metrics(rounds, executor, links).text().decode()  # type: ignore[arg-type]
+        shares = dict(re.findall(r'offload_link_fraction{link="([a-z ]+)"} (.*)', text))
+        on_host = executor.blobs[1].nbytes
+        assert float(shares["disk"]) == pytest.approx(100 / 1e3)
+        assert float(shares["bus"]) == pytest.approx(600 / 1e6)
+        assert float(shares["memory"]) == pytest.approx((600 + 4 * on_host) / 1e6)
+        assert float(shares["device memory"]) == pytest.approx(4 * planned["device memory"] / 1e6)
+
+
+def test_all_threads_compute_in_one_stream(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("staged, 2 slots", "disk into staged, 2 slots", "disk into mapped"):
+        fake = FakeDevice()
+        with fake.in_stream("of the caller"), placed(monkeypatch, tiny_checkpoint, name, device=fake) as (model, _):
+            together(model, [Asked(model, prompt) for prompt in PROMPTS])
+        assert fake.streams == {"of the caller"}
+
+
+def test_no_round_waits_for_the_device(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with placed(monkeypatch, tiny_checkpoint, "staged, 2 slots", poison=False) as (model, device):
+        together(model, [Asked(model, prompt) for prompt in PROMPTS])
+        assert device.copies
+        assert device.waited_in == []
