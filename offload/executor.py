@@ -45,6 +45,8 @@ def load(
     *,
     context_tokens: int = 2048,
     batch_size: int = 1,
+    parallel: int = 1,
+    kept_tokens: int = 0,
     prefill_chunk_tokens: int = 512,
     dtype: torch.dtype | None = None,
     mode: Mode = "fast",
@@ -56,7 +58,8 @@ def load(
 
     Another tool's checkpoint is re-laid first, see `offload.convert`.
 
-    context_tokens: keys and values to leave room for, of each of batch_size sequences. dtype: of activations and of
+    context_tokens: keys and values to leave room for, of each of batch_size sequences; parallel, kept_tokens: of so
+    many batches that share passes, and of so many tokens more, see `count_needs`. dtype: of activations and of
     what is not quantized; None for the source's. mode: see `dequant_matmul`. costs: to plan by; None plans by sizes
     alone. poison: fill freed slots with NaN, for tests. words: where layers are to live, and how keys and values are
     kept, see WishWords; `generate()` keeps them so, and `new_cache` makes a cache for other uses.
@@ -86,6 +89,8 @@ def load(
         device_runtime_bytes=0 if device is None else device.used_bytes,
         kv=wishes.kv,
         kv_bytes=wishes.kv_bytes,
+        parallel=parallel,
+        kept_tokens=kept_tokens,
     )
     placement: Placement | None = None
     if device is not None:

@@ -112,7 +112,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     context = min(options.context, prompts.longest_tokens)
     if context < options.context:
         say(f"context  {context} tokens, all that this model takes")
-    session = Session(prompts, options.parallel * context + options.prefix_tokens, words, options.exact)
+    session = Session(prompts, context, words, options.exact, options.parallel, options.prefix_tokens)
     say(describe(session.executor.placement))
     links = measure_links(session.executor)
     rounds = Rounds(session.model, options.parallel)

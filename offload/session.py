@@ -75,16 +75,27 @@ class Prompts:
 class Session:
     """A checkpoint that is loaded and answers. Raises what `offload.load` raises.
 
-    context_tokens: keys and values to leave room for, of all sequences together. exact: activations in float32.
+    context_tokens: keys and values to leave room for, of each of `parallel` sequences that share passes; kept_tokens:
+    of as many tokens more. exact: activations in float32.
     """
 
-    def __init__(self, prompts: Prompts, context_tokens: int, words: WishWords, exact: bool = False) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        context_tokens: int,
+        words: WishWords,
+        exact: bool = False,
+        parallel: int = 1,
+        kept_tokens: int = 0,
+    ) -> None:
         self.prompts = prompts
         context = min(context_tokens, prompts.longest_tokens) // 2
         costs = recall_costs(prompts.directory, context, Wishes.of(words))
         self.model: PreTrainedModel = load(
             prompts.directory,
             context_tokens=context_tokens,
+            parallel=parallel,
+            kept_tokens=kept_tokens,
             prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
             mode="exact" if exact else "fast",
             costs=costs,

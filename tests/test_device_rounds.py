@@ -1,7 +1,10 @@
 """Sequences that share the passes of a model on a GPU, on a faked one: tokens, copies, and what one does to others."""
 
+import gc
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -12,11 +15,14 @@ import torch
 from fake_device import FakeDevice, fake_gpu
 from test_device import PLACEMENTS, placed
 from test_recovery import Full, check_memory
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from offload import rounds as module
+from offload.cache import Int8Layer
 from offload.checkpoint import LayerBlob
-from offload.executor import executor_of
+from offload.executor import executor_of, new_cache
 from offload.limit import Limit, bytes_by_link
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement
@@ -25,6 +31,7 @@ from offload.sampling import Sampling
 from offload.serving.metrics import Metrics
 from offload.serving.prefixes import Prefixes
 from offload.session import Prompts, Session
+from offload.transfer import Slots
 
 pytestmark = pytest.mark.timeout(120)
 PROMPTS = [(5, 77, 130, 9, 200, 41, 3), (8,), tuple(range(1, 80)), (100, 4, 9)]
@@ -35,10 +42,16 @@ SOME = ["resident", "staged, 1 slot", "disk and memory into staged in parts", "m
 
 
 class Asked:
-    """A sequence of its own, with what became of it. ended: called at its end."""
+    """A sequence of its own, with what became of it. ended: called at its end. pass_tokens: of a prompt at once."""
 
-    def __init__(self, model: PreTrainedModel, prompt: Sequence[int], ended: Callable[[], Any] = list) -> None:
-        self.model, self.prompt, self.ended = model, prompt, ended
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt: Sequence[int],
+        ended: Callable[[], Any] = list,
+        pass_tokens: int | None = None,
+    ) -> None:
+        self.model, self.prompt, self.ended, self.pass_tokens = model, prompt, ended, pass_tokens
         self.found: list[int] | None = None
         self.error: BaseException | None = None
         self.done = Event()
@@ -48,6 +61,7 @@ class Asked:
     def generated(self) -> list[int]:
         tokens = torch.tensor([self.prompt])
         options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+        options |= {"prefill_chunk_size": self.pass_tokens}
         found: list[int] = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
         return found
 
@@ -251,6 +265,73 @@ def test_the_share_of_each_link_counts_what_is_copied_once_and_what_each_reads(
         assert float(shares["bus"]) == pytest.approx(600 / 1e6)
         assert float(shares["memory"]) == pytest.approx((600 + 4 * on_host) / 1e6)
         assert float(shares["device memory"]) == pytest.approx(4 * planned["device memory"] / 1e6)
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return the bytes of what tensors are views of, by address."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.device.type == "cpu"}
+
+
+def living(kind: type[Any]) -> list[Any]:
+    """Return all objects of a kind; asked for their class, not through a property of theirs."""
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+
+@pytest.mark.parametrize("name", ["staged, 2 slots", "staged in parts, 2 slots"])
+def test_what_sequences_hold_that_stand_still_is_planned(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: dict[str, Any] = {"context_tokens": 159 + NEW_TOKENS, "prefill_chunk_tokens": PASS_TOKENS}
+    with placed(monkeypatch, tiny_checkpoint, name, **words) as (model, _):
+        of_one = executor_of(model).placement
+    with placed(monkeypatch, tiny_checkpoint, name, parallel=3, **words) as (model, _):
+        of_three, release, held = executor_of(model).placement, Slots.release, []
+        gc.collect()
+        others = storages(living(Tensor)).keys()
+
+        def released(slots: Slots, position: int) -> None:
+            if threading.current_thread().name == "rounds" and position in (1, 2):  # both stand still
+                caches = [tensor for layer in living(DynamicLayer) for tensor in (layer.keys, layer.values)]
+                known = others | storages(tensor for tensor in caches if tensor is not None).keys()
+                held.append(sum(nbytes for at, nbytes in storages(living(Tensor)).items() if at not in known))
+            release(slots, position)
+
+        monkeypatch.setattr(Slots, "release", released)
+        prompts = [range(1, 160), range(60, 219)]
+        together(model, [Asked(model, prompt, pass_tokens=PASS_TOKENS) for prompt in prompts])
+    planned = of_three.device_working_bytes - of_one.device_working_bytes
+    assert 0.8 * planned <= max(held) <= planned
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_keys_and_values_of_all_are_planned(
+    kv: str | None, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 tokens are two blocks in 8 bits, and of 300 each three times as many: not the five that all would fill."""
+    words: dict[str, Any] = {"context_tokens": 100, "kv": kv}
+    with placed(monkeypatch, tiny_checkpoint, "staged between resident", parallel=3, **words) as (model, _):
+        planned = executor_of(model).placement
+        caches = [new_cache(model) for _ in range(3)]
+
+        @torch.inference_mode()
+        def run(cache: Any) -> None:
+            model(torch.arange(1, 101)[None], past_key_values=cache)
+
+        ends = [Event() for _ in caches]
+        rounds = Rounds(model, 3)
+        for cache, end in zip(caches, ends, strict=True):
+            rounds.add(module.Sequence(partial(run, cache), lambda error, end=end: end.set()))
+        assert all(end.wait(60) for end in ends)
+        rounds.close()
+        held = 0
+        for layer in (layer for cache in caches if cache is not None for layer in cache.layers):
+            held += layer.nbytes if isinstance(layer, Int8Layer) else layer.keys.nbytes + layer.values.nbytes
+        assert planned.device_cache_bytes == held
+    with placed(monkeypatch, tiny_checkpoint, "resident", kept_tokens=128, **words) as (model, _):
+        more = executor_of(model).placement.device_cache_bytes
+    with placed(monkeypatch, tiny_checkpoint, "resident", kv=kv, context_tokens=128) as (model, _):
+        assert more == planned.device_cache_bytes // 3 + executor_of(model).placement.device_cache_bytes
 
 
 def test_all_threads_compute_in_one_stream(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

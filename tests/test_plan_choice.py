@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from offload.command import parse_bytes
 from offload.errors import ResourceError
 from offload.planning.choice import plan
-from offload.planning.needs import Needs, SplitNeeds
+from offload.planning.device_needs import SplitNeeds
+from offload.planning.needs import Needs
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords

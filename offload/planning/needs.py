@@ -1,19 +1,18 @@
 """What a model takes, in bytes, before any of it is loaded: counted from its configuration and its files."""
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from kernels.kv_block import BLOCK_TOKENS, BlockShape
 from offload.checkpoint import Checkpoint, LayerBlob
-from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
 from offload.kv_shelf import shelved_bytes
-from offload.layer_view import PACKED, SHAPE, copied, copied_bytes
+from offload.layer_view import copied_bytes
 from offload.memory import own_memory_bytes, whole_pages
-from offload.planning.predict import Tier
+from offload.planning.device_needs import DeviceScratch, SplitNeeds, device_scratch, is_given_up, split_needs
 from offload.planning.wishes import KVFormat
 from offload.units import Units
 
@@ -44,62 +43,6 @@ class ExpertNeeds:
 
 
 @dataclass(frozen=True, slots=True)
-class SplitNeeds:
-    """Decoder layers that can be copied to a GPU in parts, an entry a layer, in bytes.
-
-    parts: of each, as they lie in host memory. rest: what stays on the GPU of a layer that comes in parts. converted,
-    rest_converted: copies of what is wanted in another dtype than it has, the most of any part, and those of the rest.
-    """
-
-    parts_bytes: tuple[tuple[int, ...], ...]
-    rest_bytes: tuple[int, ...]
-    converted_bytes: tuple[int, ...]
-    rest_converted_bytes: tuple[int, ...]
-
-    @property
-    def slot_bytes(self) -> int:
-        """The largest part."""
-        return max(map(max, self.parts_bytes))
-
-    @property
-    def shares(self) -> tuple[tuple[float, ...], ...]:
-        """What each part is of its layer."""
-        return tuple(tuple(nbytes / sum(parts) for nbytes in parts) for parts in self.parts_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceScratch:
-    """What computing on a GPU takes beside weights as they lie in their files, in bytes.
-
-    converted: of each layer, copies of what is wanted in another dtype than it has; moved: those of a layer that is
-    read across the bus, all that is not packed. dequantized: the largest packed weight of a layer as prompts are
-    multiplied by it. raw: the largest shard around the layers that is given up once it is converted. In host memory,
-    shard: the largest around the layers, on its way; bounce: buffers that copies go through where it is not pinned.
-    """
-
-    converted_bytes: tuple[int, ...] = ()
-    moved_bytes: tuple[int, ...] = ()
-    dequantized_bytes: int = 0
-    raw_bytes: int = 0
-    shard_bytes: int = 0
-    bounce_bytes: int = 0
-
-    def copies_bytes(self, hows: Sequence[Tier], split: SplitNeeds | None) -> int:
-        """Return what copies take of layers computed so: their own of what stays, of the others the largest.
-
-        split: the layers in parts, if staged ones come so.
-        """
-
-        def of(sizes: Sequence[int], tier: Tier) -> list[int]:
-            return [nbytes for nbytes, how in zip(sizes, hows, strict=False) if how == tier]
-
-        stay, staged = of(self.converted_bytes, "resident"), self.converted_bytes
-        if split is not None:
-            stay, staged = stay + of(split.rest_converted_bytes, "staged"), split.converted_bytes
-        return sum(stay) + max(of(staged, "staged") + of(self.moved_bytes, "mapped"), default=0)
-
-
-@dataclass(frozen=True, slots=True)
 class Needs:
     """What a model takes beside its decoder layers, in bytes, and what each layer takes.
 
@@ -109,7 +52,8 @@ class Needs:
     device_runtime: what a GPU's memory holds before any tensor; device: what is taken there beside weights. embedding:
     what of the fixed bytes is a table that can stay on disk. head_blocks: what of them is the head, in blocks that can
     be streamed; none if it cannot. experts: what of the layers are experts, None if they have none. split: the layers
-    in parts, None if no part is smaller than a layer.
+    in parts, None if no part is smaller than a layer. standing_in_parts: of activations, what sequences that share a
+    pass hold more of where they stand between parts of a layer.
     """
 
     runtime_bytes: int
@@ -122,8 +66,9 @@ class Needs:
     head_blocks_bytes: tuple[int, ...] = ()
     experts: ExpertNeeds | None = None
     shelf_bytes: int = 0
-    device: DeviceScratch = DeviceScratch()
+    device: DeviceScratch = field(default_factory=DeviceScratch)
     split: SplitNeeds | None = None
+    standing_in_parts_bytes: int = 0
 
     def without_embedding(self) -> "Needs":
         """Return what is needed when the embeddings are left on disk."""
@@ -186,20 +131,27 @@ def count_needs(
     device_runtime_bytes: int = 0,
     kv: KVFormat | None = None,
     kv_bytes: int | None = None,
+    parallel: int = 1,
+    kept_tokens: int = 0,
 ) -> Needs:
     """Return the needs of a checkpoint in this process, as it is before loading.
 
     units: what of it can be had apart. dtype: of activations, keys and values, and of what is not quantized.
     chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for in dtype.
-    kv_bytes: of them at hand, see `Wishes`. Raises ResourceError if that is too little.
+    kv_bytes: of them at hand, see `Wishes`. parallel: batches that share passes, see `offload.rounds`, each with keys
+    and values of its own; kept_tokens: those of so many tokens more. Raises ResourceError if kv_bytes is too little.
     """
     at_hand, away = _cache_at_hand(config, context_tokens, dtype.itemsize, batch_size, kv, kv_bytes)
+    of_others = (parallel - 1) * batch_size * cache_bytes(config, context_tokens, dtype.itemsize, kv)
+    standing = Standing.of(config, context_tokens, min(context_tokens, chunk_tokens), dtype.itemsize)
+    others = (parallel - 1) * batch_size
     around = [blob for blob in checkpoint.blobs if not blob.module]
     return Needs(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
         fixed_bytes=sum(_held_bytes(blob, dtype) for blob in around),
-        cache_bytes=at_hand,
-        activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens)),
+        cache_bytes=at_hand + of_others + cache_bytes(config, kept_tokens, dtype.itemsize, kv),
+        activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens))
+        + others * standing.whole_bytes,
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
         embedding_bytes=0 if units.embedding is None else _table_elements(*units.embedding) * dtype.itemsize,
@@ -208,54 +160,13 @@ def count_needs(
         shelf_bytes=away,
         device=device_scratch(checkpoint, dtype),
         split=split_needs(units, dtype),
+        standing_in_parts_bytes=others * standing.in_parts_bytes,
     )
-
-
-def device_scratch(checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceScratch:
-    """Return what a checkpoint takes of a GPU beside its weights, in a model of a dtype.
-
-    A few activations of a product are multiplied without the dequantized weight, and need less beside it.
-    """
-    layers = [blob for blob in checkpoint.blobs if blob.module]
-    around = [blob for blob in checkpoint.blobs if not blob.module]
-    weights = [
-        spec.nbytes * 8 // checkpoint.recipe.bits_of(name.removesuffix(PACKED))
-        for blob in layers
-        for name, spec in blob.tensors.items()
-        if name.endswith(PACKED)
-    ]
-    return DeviceScratch(
-        converted_bytes=tuple(copied_bytes(blob, dtype) for blob in layers),
-        moved_bytes=tuple(copied_bytes(blob, dtype, moved=True) for blob in layers),
-        dequantized_bytes=max(weights, default=0) * dtype.itemsize,
-        raw_bytes=max((blob.nbytes for blob in around if _is_given_up(blob, dtype)), default=0),
-        shard_bytes=max((whole_pages(blob.nbytes) for blob in around), default=0),
-        bounce_bytes=BOUNCE_BUFFERS * BOUNCE_BYTES,
-    )
-
-
-def split_needs(units: Units, dtype: torch.dtype) -> SplitNeeds | None:
-    """Return what layers in parts take of a GPU, in a model of a dtype, None if that is no less than in one."""
-    found = SplitNeeds(
-        parts_bytes=tuple(tuple(whole_pages(part.nbytes) for part in layer.parts) for layer in units.split),
-        rest_bytes=tuple(0 if layer.rest is None else whole_pages(layer.rest.nbytes) for layer in units.split),
-        converted_bytes=tuple(max(copied_bytes(part, dtype) for part in layer.parts) for layer in units.split),
-        rest_converted_bytes=tuple(
-            0 if layer.rest is None else copied_bytes(layer.rest, dtype) for layer in units.split
-        ),
-    )
-    largest = max(whole_pages(blob.nbytes) for blob in units.layers)
-    return found if found.slot_bytes < largest else None
 
 
 def _held_bytes(blob: LayerBlob, dtype: torch.dtype) -> int:
     """Return what a shard around the layers takes once it is loaded."""
-    return copied_bytes(blob, dtype) + (0 if _is_given_up(blob, dtype) else blob.nbytes)
-
-
-def _is_given_up(blob: LayerBlob, dtype: torch.dtype) -> bool:
-    """Whether nothing of a shard is used as it lies: all of it is wanted in another dtype."""
-    return set(copied(blob, dtype)) == {name for name in blob.tensors if not name.endswith(SHAPE)}
+    return copied_bytes(blob, dtype) + (0 if is_given_up(blob, dtype) else blob.nbytes)
 
 
 def expert_needs(config: PretrainedConfig, units: Units) -> ExpertNeeds | None:
@@ -330,6 +241,30 @@ def activation_bytes(config: PretrainedConfig, chunk_tokens: int) -> int:
     text = config.get_text_config(decoder=True)
     width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return int(4 * chunk_tokens * (4 * width + 4 * text.hidden_size) + 4 * 4 * text.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a sequence that shares passes holds while others compute. whole: before a layer; in_parts: amid one, more.
+
+    Before a layer these are its input and the embeddings it came from, a mask, what positions are known by, and the
+    logits of its last token with copies for sampling; amid a layer the input once more, normed, what attention gave,
+    and half of a gated MLP.
+    """
+
+    whole_bytes: int
+    in_parts_bytes: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, context_tokens: int, chunk_tokens: int, element_bytes: int) -> "Standing":
+        """Count it for a pass over `chunk_tokens` tokens of a context, each element of the model of so many bytes."""
+        text = config.get_text_config(decoder=True)
+        width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // getattr(text, "num_attention_heads", 1)
+        hidden, positions = chunk_tokens * text.hidden_size * element_bytes, 2 * chunk_tokens * head_dim * element_bytes
+        logits, mask, tokens = 3 * 4 * text.vocab_size, chunk_tokens * context_tokens, 4 * 8 * context_tokens
+        whole = 2 * hidden + logits + mask + positions + tokens
+        return cls(whole, 2 * hidden + chunk_tokens * width * element_bytes)
 
 
 def layer_bytes(checkpoint: Checkpoint) -> tuple[int, ...]:

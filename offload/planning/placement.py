@@ -10,7 +10,8 @@ process, Python and the libraries in it.
 
 from dataclasses import dataclass
 
-from offload.planning.needs import Needs, SplitNeeds
+from offload.planning.device_needs import SplitNeeds
+from offload.planning.needs import Needs
 from offload.planning.predict import Costs, Tier, Way, walk
 
 
@@ -155,7 +156,12 @@ class Placement:
         needs = self.needs
         around = needs.device_runtime_bytes + needs.fixed_bytes + self.device_cache_bytes
         scratch = self.device_copies_bytes + needs.device.dequantized_bytes + self.device_loading_bytes
-        return around + needs.working_bytes + self.layers_device_bytes + scratch
+        return around + self.device_working_bytes + self.layers_device_bytes + scratch
+
+    @property
+    def device_working_bytes(self) -> int:
+        """Activations on the GPU, of sequences that stand amid a layer too where layers come in parts, and waste."""
+        return self.needs.working_bytes + (self.needs.standing_in_parts_bytes if self.split else 0)
 
     @property
     def device_copies_bytes(self) -> int:
@@ -166,7 +172,7 @@ class Placement:
     def device_loading_bytes(self) -> int:
         """What a shard that is converted on the GPU takes there more than computing does later."""
         needs = self.needs
-        later = self.device_cache_bytes + needs.working_bytes + needs.device.dequantized_bytes
+        later = self.device_cache_bytes + self.device_working_bytes + needs.device.dequantized_bytes
         return max(0, needs.device.raw_bytes - later) if self.uses_device else 0
 
     @property

@@ -25,7 +25,7 @@ def too_small(placement: Placement) -> str:
             (needs.device_runtime_bytes, "for the driver"),
             (needs.fixed_bytes, "for embeddings and head"),
             (placement.device_cache_bytes, "for keys and values"),
-            (needs.working_bytes, "for activations and reserve"),
+            (placement.device_working_bytes, "for activations and reserve"),
             *((part.nbytes, f"for {part.what}") for part in _device_scratch(placement)),
             (placement.layers_device_bytes, "for layers, copied in parts" if placement.split else "for layers"),
         ]
@@ -105,7 +105,7 @@ def parts_on_device(placement: Placement) -> list[Part]:
         Part("driver", needs.device_runtime_bytes),
         Part("embeddings, norms, head", needs.fixed_bytes),
         Part("keys and values", placement.device_cache_bytes),
-        Part("activations and reserve", needs.working_bytes),
+        Part("activations and reserve", placement.device_working_bytes),
         *_device_scratch(placement),
         *_layer_parts(placement, {"resident": "on the GPU"}),
         *(rest if placement.split else []),
