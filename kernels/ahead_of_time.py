@@ -24,7 +24,7 @@ from kernels.kv_block import BLOCK_TOKENS, MOST_FUSED_QUERIES
 from kernels.triton_attention import AttentionTile
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
 from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
-from kernels.triton_matmul import TUNINGS, Tile
+from kernels.triton_tuning import TUNINGS, Tile
 
 _CAPABILITIES = (80, 90, 100)
 _HEAD_DIMS = (64, 128)

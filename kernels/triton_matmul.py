@@ -6,7 +6,6 @@ The weight may also lie in pinned host memory, from where the same kernel reads 
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -15,90 +14,18 @@ from torch import Tensor
 
 from kernels.packed import PackedWeight
 from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
+from kernels.triton_tuning import OLDEST, GpuKind, Launch, Tuning, group_codes, plan_launch, split_elements, tuning_of
 
-_OLDEST = 8
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How the fused kernel is launched: activations and outputs of a program, the most codes of 4 bits at a time.
-
-    scale_weights: the codes are scaled, not their sums, so that a step may take several groups.
-    """
-
-    block_m: int
-    block_n: int
-    largest_step: int
-    num_warps: int
-    num_stages: int
-    scale_weights: bool = False
-
-    def step(self, group: int, bits: int) -> int:
-        """Return the codes of one step, of as many bytes for all bits; groups are of `group` codes, 0 the whole row."""
-        largest = self.largest_step * 4 // bits
-        return largest if self.scale_weights else min(group or largest, largest)
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """What is chosen for an architecture.
-
-    tiles: in order of the activations they are for. mapped: for weights in host memory, whose rows are asked for in
-    whole 128-byte lines. fused_batch: activations up to which dequantising in the kernel costs less than doing it once.
-    programs_per_processor: how many the device should be given, at least, before K is left in one piece.
-    """
-
-    tiles: tuple[Tile, ...]
-    mapped: Tile
-    fused_batch: int
-    programs_per_processor: int
-
-
-_DECODE, _SMALL, _MAPPED = (
-    Tile(16, 64, 128, 2, 4),
-    Tile(32, 128, 128, 4, 3),
-    Tile(16, 32, 256, 4, 3, scale_weights=True),
-)
-_AMPERE = Tuning((_DECODE, _SMALL, Tile(64, 128, 128, 8, 3)), _MAPPED, fused_batch=64, programs_per_processor=4)
-_HOPPER = Tuning((_DECODE, _SMALL, Tile(64, 128, 64, 4, 3)), _MAPPED, fused_batch=128, programs_per_processor=4)
-TUNINGS = {8: _AMPERE, 9: _HOPPER, 10: _HOPPER, 12: _AMPERE}
-"""By major compute capability. The tiles were chosen by their machine code (`python -m kernels.ahead_of_time`): nothing
-spills, and the decode loop keeps to 4 instructions a weight. `fused_batch` and `programs_per_processor` follow from
-what each path moves and issues, and have not met a GPU yet."""
-
-_LARGEST_SPLIT = 16
 _READ_BLOCK, _READS_PER_PROCESSOR = 1024, 8
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How one fused product runs: its tile, and the splits of K with the steps in each."""
-
-    tile: Tile
-    splits: int
-    steps_per_split: int
-
-
-def plan_launch(M: int, weight: PackedWeight, tuning: Tuning, processors: int, mapped: bool) -> Launch:
-    """Choose tile and splits for M activations on a device of that many multiprocessors."""
-    largest = tuning.tiles[-1]
-    tile = tuning.mapped if mapped else next((t for t in tuning.tiles if t.block_m >= M), largest)
-    steps = triton.cdiv(weight.in_features, tile.step(_group(weight), weight.bits))
-    programs = triton.cdiv(weight.out_features, tile.block_n) * triton.cdiv(M, tile.block_m)
-    wanted = triton.cdiv(tuning.programs_per_processor * processors, max(1, programs))
-    splits = max(1, min(wanted, _LARGEST_SPLIT, steps // 2))
-    steps_per_split = triton.cdiv(steps, splits)
-    return Launch(tile, triton.cdiv(steps, steps_per_split), steps_per_split)
 
 
 def workspace_elements(M: int, weight: PackedWeight, device: torch.device) -> int:
     """Return how many float32 a product of M activations needs between its two kernels; 0 where it needs none."""
     tuning, processors = _tuning(device)
-    if tuning.fused_batch < M:
-        return 0
-    launch = plan_launch(M, weight, tuning, processors, _mapped(weight, device))
-    return 0 if launch.splits == 1 else launch.splits * M * weight.out_features
+    return split_elements(M, weight, tuning, processors, _mapped(weight, device))
 
 
 def dequant_matmul_triton(
@@ -151,11 +78,12 @@ def read_sums(buffer: Tensor, device: torch.device) -> Tensor:
 def _tuning(device: torch.device) -> tuple[Tuning, int]:
     """Return what is chosen for a device, and the number of its multiprocessors; the interpreter gets a small one."""
     if device.type != "cuda":
-        return _AMPERE, 4
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < _OLDEST:
-        raise ValueError(f"{device} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer")
-    return TUNINGS.get(major, TUNINGS[max(TUNINGS)]), torch.cuda.get_device_properties(device).multi_processor_count
+        return tuning_of(OLDEST), 4
+    gpu = GpuKind.of(device)
+    if gpu.capability < OLDEST:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(f"{device} has compute capability {found}; the kernels need 8.0 (Ampere) or newer")
+    return tuning_of(gpu.capability), gpu.processors
 
 
 def _mapped(weight: PackedWeight, device: torch.device) -> bool:
@@ -163,14 +91,10 @@ def _mapped(weight: PackedWeight, device: torch.device) -> bool:
     return device.type == "cuda" and not weight.codes.is_cuda
 
 
-def _group(weight: PackedWeight) -> int:
-    return 0 if weight.group_size == weight.in_features else weight.group_size
-
-
 def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tensor | None, launch: Launch) -> Tensor:
     """Return x @ W.T + bias as `launch` says; x [M, K]. Raises ValueError if the workspace is too small."""
     M, N, K = len(x), weight.out_features, weight.in_features
-    tile, step = launch.tile, launch.tile.step(_group(weight), weight.bits)
+    tile, step = launch.tile, launch.tile.step(group_codes(weight), weight.bits)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M == 0:
         return out
@@ -197,7 +121,7 @@ def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tenso
         weight.scale.shape[1],
         launch.steps_per_split,
         BITS=weight.bits,
-        GROUP=_group(weight),
+        GROUP=group_codes(weight),
         STEP=step,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -244,7 +168,7 @@ def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         weight.in_features,
         weight.scale.shape[1],
         BITS=weight.bits,
-        GROUP=_group(weight),
+        GROUP=group_codes(weight),
         STEP=1024,
         HAS_ZERO=weight.zero is not None,
         enable_fp_fusion=True,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kernels.triton_tuning import GpuKind
 from offload.memory import Arena, Memory
 
 _REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
@@ -37,6 +38,10 @@ class Device(Protocol):
     """A device of which `torch_device` is torch's name."""
 
     torch_device: torch.device
+
+    @property
+    def gpu(self) -> GpuKind:
+        """What its kernels are launched by."""
 
     @property
     def most_mapped(self) -> int:
@@ -142,6 +147,11 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._copies = torch.cuda.Stream(self.torch_device)
         self._probe = torch.zeros(1, device=self.torch_device)
+
+    @cached_property
+    def gpu(self) -> GpuKind:
+        """What its kernels are launched by."""
+        return GpuKind.of(self.torch_device)
 
     @cached_property
     def most_mapped(self) -> int:

@@ -87,6 +87,7 @@ def load(
         batch_size=batch_size,
         chunk_tokens=prefill_chunk_tokens,
         device_runtime_bytes=0 if device is None else device.used_bytes,
+        gpu=None if device is None else device.gpu,
         kv=wishes.kv,
         kv_bytes=wishes.kv_bytes,
         parallel=parallel,

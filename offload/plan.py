@@ -109,6 +109,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     from offload.names import checkpoint_in_model
     from offload.planning.choice import plan
     from offload.planning.costs import Shape, recall_overheads
+    from offload.planning.device_needs import device_scratch
     from offload.planning.forecast import PREFILL_TOKENS, Subject
     from offload.planning.needs import count_needs
     from offload.skeleton import build_skeleton, read_config
@@ -142,9 +143,13 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     machine, asked = _machine(options), wishes.gpu_word is not None
     if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device):
         wishes = _on_device(wishes, machine)
+    rows = options.batch * min(options.context, PREFILL_TOKENS)
+    scratch = device_scratch(checkpoint, dtype, machine.gpu, rows, options.batch)
     return Subject(
         shape=Shape.of(checkpoint, units, config, dtype.itemsize, wishes),
-        needs=replace(needs if asked else needs.unsplit(), device_runtime_bytes=machine.device_runtime_bytes),
+        needs=replace(
+            needs if asked else needs.unsplit(), device_runtime_bytes=machine.device_runtime_bytes, device=scratch
+        ),
         wishes=wishes,
         machine=machine,
         overheads=recall_overheads(checkpoint),

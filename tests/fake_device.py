@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from kernels.attention import CompiledAttention, DequantizedAttention, append_tokens
 from kernels.kv_block import BLOCK_TOKENS, KVBlocks
+from kernels.triton_tuning import GpuKind, split_elements, tuning_of
 from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, Memory
 
@@ -70,7 +71,8 @@ class FakeDevice:
 
     limit: memory for allocations, None for no end of it; held_bytes: what they hold now, peak_bytes: held at most;
     buffers_bytes: of pinned memory that was allocated. fused_batch: activations up to which a product takes no memory
-    for its dequantized weight. streams: that something was computed in; each thread has a current one.
+    for its dequantized weight; split_products: that took memory for sums of splits. streams: that something was
+    computed in; each thread has a current one.
 
     eager: copies happen when they are queued instead of as late as can be.
     """
@@ -85,7 +87,8 @@ class FakeDevice:
         self.lock = threading.RLock()
         self.allocations = self.copies = self.copied_back_bytes = self.pins = self.stamps = self.read_laters = 0
         self.held_bytes = self.peak_bytes = self.buffers_bytes = 0
-        self.fused_batch = 64
+        self.gpu = GpuKind(8, 4)
+        self.fused_batch, self.split_products = tuning_of(self.gpu.capability).fused_batch, 0
         self.limit: int | None = None
         self.regions: list[Region] = []
         self.pinned: dict[int, Region] = {}
@@ -235,11 +238,17 @@ class FakeDevice:
                     join(self.clock_of(waiting), self.clock_of(stream))
 
     def multiply(self, linear: PackedLinear, x: Tensor) -> None:
-        """Take what a product of many activations takes while it runs, where the weight is the device's to read."""
+        """Take what a product takes while it runs, where the weight is the device's to read."""
         assert linear.packed is not None, "it is attached"
-        address, many = linear.packed.codes.data_ptr(), x.numel() // x.shape[-1] > self.fused_batch
-        if many and (self._region(address, self.regions) or self._region(address)):
+        address, rows = linear.packed.codes.data_ptr(), x.numel() // x.shape[-1]
+        on_device, pinned = self._region(address, self.regions), self._region(address)
+        if rows > self.fused_batch and (on_device or pinned):
             self.allocate(linear.in_features * linear.out_features * x.dtype.itemsize)
+        elif on_device or pinned:
+            tuning, mapped = tuning_of(self.gpu.capability), on_device is None
+            count = split_elements(rows, linear.packed, tuning, self.gpu.processors, mapped)
+            self.split_products += count > 0
+            self.allocate(4 * count) if count else None
 
     def kernel_reads(self, tensor: Tensor) -> None:
         with self.lock:

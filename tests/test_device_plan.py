@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_device import FakeDevice
-from test_device import PLACEMENTS, passes, placed, same
+from fake_device import FakeDevice, fake_gpu
+from test_device import PLACEMENTS, TOKENS, passes, placed, same
+from test_units import untied
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from offload.planning.placement import Placement
 from offload.planning.words import describe, parts_in_memory, parts_on_device, too_small
 
 pytestmark = pytest.mark.timeout(120)
+__all__ = ["untied"]
 PROMPT = torch.randint(1, 250, (1, 100), generator=torch.Generator().manual_seed(1))
 """More tokens than a product takes without its weight dequantized."""
 
@@ -37,9 +39,10 @@ def _modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def run(model: PreTrainedModel) -> list[Tensor]:
-    """Logits of a long prompt, and of what two passes after it give."""
+    """Logits of a long prompt, of a token after it, of a prompt that just needs no weight dequantized, and others."""
     out = model(PROMPT, use_cache=True)
-    return [out.logits, model(torch.tensor([[7]]), past_key_values=out.past_key_values).logits, *passes(model)]
+    after = model(torch.tensor([[7]]), past_key_values=out.past_key_values)
+    return [out.logits, after.logits, model(PROMPT[:, :64]).logits, *passes(model)]
 
 
 def page_rounding(model: PreTrainedModel) -> int:
@@ -69,7 +72,7 @@ def test_the_peak_on_the_device_is_what_is_planned(
         placement = executor_of(model).placement
         needs = placement.needs
         elsewhere = needs.device_runtime_bytes + needs.working_bytes + placement.device_cache_bytes  # torch's own
-        loading = max(0, needs.device.raw_bytes - needs.device.dequantized_bytes)  # there is no cache yet
+        loading = max(0, needs.device.raw_bytes - needs.device.product_bytes)  # there is no cache yet
         planned = placement.device_bytes - elsewhere - page_rounding(model)
         assert placement.device_loading_bytes == 0  # hidden behind activations
         assert device.peak_bytes <= planned + loading
@@ -113,11 +116,43 @@ def test_layers_that_are_read_across_the_bus_share_the_memory_of_their_copies(
 def test_the_largest_weight_is_counted_as_it_is_dequantized(
     tiny_checkpoint: Path, tiny_8_bits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Sums of splits, of which so small products are only a few less, do not hide it."""
+    monkeypatch.setattr("kernels.triton_tuning._LARGEST_SPLIT", 1)
     for checkpoint in (tiny_checkpoint, tiny_8_bits):
         with placed(monkeypatch, checkpoint, "resident") as (model, _):
             linears = [module for module in model.model.layers.modules() if isinstance(module, PackedLinear)]
             largest = max(linear.weight.nbytes for linear in linears)
-            assert executor_of(model).placement.needs.device.dequantized_bytes == largest
+            assert executor_of(model).placement.needs.device.product_bytes == largest
+
+
+@pytest.mark.parametrize("name", ["resident", "staged, 2 slots", "mapped"])
+def test_sums_of_splits_are_counted_where_no_weight_is_dequantized(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(monkeypatch, tiny_checkpoint, name, context_tokens=TOKENS.shape[1]) as (model, device):
+        before = device.peak_bytes = device.held_bytes
+        passes(model)
+        assert device.split_products
+        taken = executor_of(model).placement.needs.device.product_bytes
+        assert device.peak_bytes - before == taken > 0
+
+
+def test_a_head_is_counted_as_it_is_dequantized_for_a_large_batch(
+    untied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffer is the largest, but for 64 sequences it is multiplied as it is; no product is split."""
+    monkeypatch.setattr("kernels.triton_tuning._LARGEST_SPLIT", 1)
+    for batch, whole in ((64, False), (65, True)):
+        with fake_gpu(monkeypatch) as device:
+            model = load(untied, n_gpu_layers=-1, context_tokens=2, batch_size=batch)
+            before = device.peak_bytes = device.held_bytes
+            with torch.inference_mode():
+                model(torch.ones(batch, 2, dtype=torch.int64), logits_to_keep=1)
+            head = model.get_output_embeddings()
+            taken = executor_of(model).placement.needs.device.product_bytes
+            assert device.peak_bytes - before == taken
+            assert (taken == head.weight.nbytes) == whole
+            executor_of(model).close()
 
 
 class Arenas:
@@ -168,7 +203,7 @@ def test_what_is_printed_and_refused_adds_up(name: str, tiny_checkpoint: Path, m
     shown = describe(placement)
     assert ("buffers for copies, should memory not be pinned" in shown) == ("staged" in placement.hows)
     assert "copies of norms and biases" in shown
-    assert "the largest weight dequantized, in prompts" in shown
+    assert "a weight dequantized, or sums of its splits" in shown
     assert "a shard while it is converted" in shown
     assert "shards on their way to the GPU, beyond activations" in shown
     assert sum(part.nbytes for part in parts_in_memory(placement)) == placement.expected_bytes

@@ -156,10 +156,8 @@ def test_layers_that_find_no_room_either_leave_until_they_do(
 ) -> None:
     with placed(monkeypatch, tiny_checkpoint, "resident") as (model, device):
         one = max(blob.nbytes for blob in executor_of(model).blobs)
-        device.limit = device.held_bytes - 2 * one
-        full = Full(executor_of(model).layers[2])
+        device.limit = device.held_bytes - 2 * one + 4096  # for the sums of a product that is split
         assert same(passes(model), expected)
-        full.handle.remove()
         assert executor_of(model).placement.tiers.count("resident") == 1
         check_memory(model, device)
 

@@ -19,16 +19,8 @@ from kernels.ahead_of_time import Compiled, Configuration, compile_one, configur
 from kernels.matmul import dequant_matmul
 from kernels.packed import BITS, PackedWeight, dequantize, pack
 from kernels.triton_kernels import _BF16_LESS_8, _FP16_LESS_8, matmul_kernel
-from kernels.triton_matmul import (
-    TUNINGS,
-    Launch,
-    Tuning,
-    dequant_matmul_triton,
-    fused,
-    plan_launch,
-    read_sums,
-    workspace_elements,
-)
+from kernels.triton_matmul import dequant_matmul_triton, fused, read_sums, workspace_elements
+from kernels.triton_tuning import TUNINGS, GpuKind, Launch, Tuning, WeightShape, plan_launch, product_bytes
 
 # a row of N=70 is two tiles; K with and without a last step that is not full; 1088 takes two blocks to dequantise
 SHAPES = [(17, 160, 32), (33, 320, 64), (5, 384, 128), (70, 200, 200), (70, 8, 8), (9, 1088, 64)]
@@ -126,6 +118,10 @@ def interpreted_workspace() -> None:
     with pytest.raises(ValueError, match=f"workspace: expected float32 of {size} elements, found {size - 1}"):
         dequant_matmul_triton(x, weight, workspace=workspace[1:])
     assert workspace_elements(1000, weight, torch.device("cpu")) == 0
+    elements = max(workspace_elements(rows, weight, torch.device("cpu")) for rows in range(1, 6))
+    shape, gpu = WeightShape(33, 1024, 64, weight.bits), GpuKind(8, 4)
+    assert product_bytes([shape], 5, 2, gpu) == product_bytes([weight], 5, 2, gpu) == 4 * elements
+    assert product_bytes([shape, WeightShape(7, 64, 64, 4)], 1000, 200, gpu) == 33 * 1024 * 200  # dequantized
 
 
 def interpreted_reads() -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.triton_tuning import GpuKind, WeightShape, product_bytes
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
-from offload.layer_view import PACKED, SHAPE, copied, copied_bytes
+from offload.layer_view import PACKED, SCALE, SHAPE, copied, copied_bytes
 from offload.memory import whole_pages
 from offload.planning.predict import Tier
 from offload.units import Units
@@ -42,14 +43,14 @@ class DeviceScratch:
     """What computing on a GPU takes beside weights as they lie in their files, in bytes.
 
     converted: of each layer, copies of what is wanted in another dtype than it has; moved: those of a layer that is
-    read across the bus, all that is not packed. dequantized: the largest packed weight of a layer as prompts are
-    multiplied by it. raw: the largest shard around the layers that is given up once it is converted. In host memory,
+    read across the bus, all that is not packed. product: the most that a product takes beside operands and result, see
+    `product_bytes`. raw: the largest shard around the layers that is given up once it is converted. In host memory,
     shard: the largest around the layers, on its way; bounce: buffers that copies go through where it is not pinned.
     """
 
     converted_bytes: tuple[int, ...] = ()
     moved_bytes: tuple[int, ...] = ()
-    dequantized_bytes: int = 0
+    product_bytes: int = 0
     raw_bytes: int = 0
     shard_bytes: int = 0
     bounce_bytes: int = 0
@@ -69,27 +70,37 @@ class DeviceScratch:
         return sum(stay) + max(of(staged, "staged") + of(self.moved_bytes, "mapped"), default=0)
 
 
-def device_scratch(checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceScratch:
+def device_scratch(
+    checkpoint: Checkpoint, dtype: torch.dtype, gpu: GpuKind | None, rows: int, head_rows: int
+) -> DeviceScratch:
     """Return what a checkpoint takes of a GPU beside its weights, in a model of a dtype.
 
-    A few activations of a product are multiplied without the dequantized weight, and need less beside it.
+    gpu: None where none is used, and no product runs there. rows: activations that a layer is multiplied by at most;
+    head_rows: those of what lies around the layers.
     """
     layers = [blob for blob in checkpoint.blobs if blob.module]
     around = [blob for blob in checkpoint.blobs if not blob.module]
-    weights = [
-        spec.nbytes * 8 // checkpoint.recipe.bits_of(name.removesuffix(PACKED))
-        for blob in layers
-        for name, spec in blob.tensors.items()
-        if name.endswith(PACKED)
-    ]
+    products = [(packed_shapes(checkpoint, layers), rows), (packed_shapes(checkpoint, around), head_rows)]
+    sizes = [] if gpu is None else [product_bytes(found, most, dtype.itemsize, gpu) for found, most in products]
     return DeviceScratch(
         converted_bytes=tuple(copied_bytes(blob, dtype) for blob in layers),
         moved_bytes=tuple(copied_bytes(blob, dtype, moved=True) for blob in layers),
-        dequantized_bytes=max(weights, default=0) * dtype.itemsize,
+        product_bytes=max(sizes, default=0),
         raw_bytes=max((blob.nbytes for blob in around if is_given_up(blob, dtype)), default=0),
         shard_bytes=max((whole_pages(blob.nbytes) for blob in around), default=0),
         bounce_bytes=BOUNCE_BUFFERS * BOUNCE_BYTES,
     )
+
+
+def packed_shapes(checkpoint: Checkpoint, blobs: Sequence[LayerBlob]) -> list[WeightShape]:
+    """Return the shapes of the packed weights in some shards."""
+    found = []
+    for blob in blobs:
+        for name in (name.removesuffix(PACKED) for name in blob.tensors if name.endswith(PACKED)):
+            bits, rows = checkpoint.recipe.bits_of(name), blob.tensors[name + SCALE].shape[0]
+            inputs = blob.tensors[name + PACKED].nbytes * 8 // bits // rows
+            found.append(WeightShape(rows, inputs, checkpoint.recipe.group_size or inputs, bits))
+    return found
 
 
 def split_needs(units: Units, dtype: torch.dtype) -> SplitNeeds | None:

@@ -23,6 +23,7 @@ import offload
 from kernels.cpu_matmul import cpu_backend, read_seconds
 from kernels.matmul import dequant_matmul
 from kernels.packed import PackedWeight
+from kernels.triton_tuning import GpuKind
 from offload.checkpoint import LayerBlob
 from offload.errors import InputError
 from offload.memory import PAGE_BYTES, Arena, FileReader
@@ -34,6 +35,7 @@ _ROWS, _INPUTS, _GROUP_SIZE = 4096, 4096, 64
 _PREFILL_TOKENS = 512
 _SAMPLE_SECONDS = 0.4
 _DISK_SECONDS = 2.0
+_H100 = GpuKind(9, 132)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Machine:
     a weight and activation. disk: long reads past the page cache; disk_seconds_per_read: what a read takes beside that.
     interference: seconds that the kernel takes longer for every second of a read meanwhile. copy: host to device from
     pinned memory. mapped: the product over weights in pinned host memory; device: in the device's own.
-    device_runtime_bytes: what the device's memory holds before any tensor.
+    device_runtime_bytes: what the device's memory holds before any tensor. device_capability, device_processors: what
+    its kernels are launched by, see `GpuKind`.
     """
 
     description: str
@@ -70,6 +73,8 @@ class Machine:
     device_operations_per_second: float = 0.0
     device_memory_bytes: int = 0
     device_runtime_bytes: int = 0
+    device_capability: int = 0
+    device_processors: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -87,6 +92,13 @@ class Machine:
     def has_device(self) -> bool:
         """Whether it has a GPU whose links are known."""
         return min(self.copy_bytes_per_second, self.mapped_bytes_per_second, self.device_bytes_per_second) > 0
+
+    @property
+    def gpu(self) -> GpuKind | None:
+        """What products on its GPU are launched by, None without one; where that is not known, as of an H100."""
+        if not self.has_device:
+            return None
+        return GpuKind(self.device_capability or _H100.capability, self.device_processors or _H100.processors)
 
     def with_disk(self, disk: DiskRate) -> "Machine":
         """Return the machine with another rate of its disk."""
@@ -268,7 +280,7 @@ def _device_links() -> dict[str, Any]:
     resident = PackedWeight(host.codes.cuda(), host.scale.cuda(), None, _GROUP_SIZE)
     one, many = (torch.randn(tokens, _INPUTS, device="cuda", dtype=torch.float16) for tokens in (1, _PREFILL_TOKENS))
     target, source = torch.empty(_POOL_BYTES, dtype=torch.uint8, device="cuda"), torch.empty(_POOL_BYTES).byte()
-    source = source.pin_memory()
+    source, gpu = source.pin_memory(), GpuKind.of(one.device)
 
     def seconds(step: Callable[[], object]) -> float:
         def finished(_: int) -> None:
@@ -288,4 +300,6 @@ def _device_links() -> dict[str, Any]:
         / seconds(lambda: dequant_matmul(many, resident)),
         "device_memory_bytes": int(total),
         "device_runtime_bytes": int(total - free_before),
+        "device_capability": gpu.capability,
+        "device_processors": gpu.processors,
     }

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from kernels.kv_block import BLOCK_TOKENS, BlockShape
+from kernels.triton_tuning import GpuKind
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.kv_shelf import shelved_bytes
 from offload.layer_view import copied_bytes
@@ -129,6 +130,7 @@ def count_needs(
     batch_size: int,
     chunk_tokens: int,
     device_runtime_bytes: int = 0,
+    gpu: GpuKind | None = None,
     kv: KVFormat | None = None,
     kv_bytes: int | None = None,
     parallel: int = 1,
@@ -137,9 +139,10 @@ def count_needs(
     """Return the needs of a checkpoint in this process, as it is before loading.
 
     units: what of it can be had apart. dtype: of activations, keys and values, and of what is not quantized.
-    chunk_tokens: tokens of each sequence in the largest pass. kv: how keys and values are kept, None for in dtype.
-    kv_bytes: of them at hand, see `Wishes`. parallel: batches that share passes, see `offload.rounds`, each with keys
-    and values of its own; kept_tokens: those of so many tokens more. Raises ResourceError if kv_bytes is too little.
+    chunk_tokens: tokens of each sequence in the largest pass. gpu: that may be used, None for no GPU. kv: how keys and
+    values are kept, None for in dtype. kv_bytes: of them at hand, see `Wishes`. parallel: batches that share passes,
+    see `offload.rounds`, each with keys and values of its own; kept_tokens: those of so many tokens more. Raises
+    ResourceError if kv_bytes is too little.
     """
     at_hand, away = _cache_at_hand(config, context_tokens, dtype.itemsize, batch_size, kv, kv_bytes)
     of_others = (parallel - 1) * batch_size * cache_bytes(config, context_tokens, dtype.itemsize, kv)
@@ -158,7 +161,7 @@ def count_needs(
         head_blocks_bytes=() if units.head is None else tuple(whole_pages(b.nbytes) for b in units.head.blocks()),
         experts=expert_needs(config, units),
         shelf_bytes=away,
-        device=device_scratch(checkpoint, dtype),
+        device=device_scratch(checkpoint, dtype, gpu, batch_size * min(context_tokens, chunk_tokens), batch_size),
         split=split_needs(units, dtype),
         standing_in_parts_bytes=others * standing.in_parts_bytes,
     )

@@ -155,7 +155,7 @@ class Placement:
             return 0
         needs = self.needs
         around = needs.device_runtime_bytes + needs.fixed_bytes + self.device_cache_bytes
-        scratch = self.device_copies_bytes + needs.device.dequantized_bytes + self.device_loading_bytes
+        scratch = self.device_copies_bytes + needs.device.product_bytes + self.device_loading_bytes
         return around + self.device_working_bytes + self.layers_device_bytes + scratch
 
     @property
@@ -172,7 +172,7 @@ class Placement:
     def device_loading_bytes(self) -> int:
         """What a shard that is converted on the GPU takes there more than computing does later."""
         needs = self.needs
-        later = self.device_cache_bytes + self.device_working_bytes + needs.device.dequantized_bytes
+        later = self.device_cache_bytes + self.device_working_bytes + needs.device.product_bytes
         return max(0, needs.device.raw_bytes - later) if self.uses_device else 0
 
     @property

@@ -67,7 +67,7 @@ def _device_scratch(placement: Placement) -> list[Part]:
     """Say what computing takes on the GPU beside weights as they lie, where it takes any."""
     parts = [
         Part("copies of norms and biases", placement.device_copies_bytes),
-        Part("the largest weight dequantized, in prompts", placement.needs.device.dequantized_bytes),
+        Part("a weight dequantized, or sums of its splits", placement.needs.device.product_bytes),
         Part("a shard while it is converted", placement.device_loading_bytes),
     ]
     return [part for part in parts if part.nbytes]
