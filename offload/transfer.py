@@ -1,8 +1,8 @@
-"""The ring of slots that is streamed through, ahead of use: layers, and blocks of the head, in the order of a pass.
+"""The ring of slots that is streamed through, ahead of use: layers or parts of them, and blocks of the head.
 
 A slot has an owner from the moment a transfer is queued until the unit in it is released: there is no arithmetic that
 could give it to two. After an interrupted forward everything is reset. Transfers run in the order of their deadlines,
-which is that of the units, around the end of the model into the next token.
+around the end of the model into the next token: the order in which the first whole pass has waited for the units.
 """
 
 from collections import deque
@@ -55,6 +55,8 @@ class Slots:
         self._held: dict[int, _Held] = {}  # by the position of a blob
         self._free = deque(range(len(self.arenas)))
         self._after: list[Fence | None] = [None] * len(self.arenas)
+        self._next = [(position + 1) % len(blobs) for position in range(len(blobs))]
+        self._waited_for: dict[int, None] = {}  # since a pass began, in order
 
     def wait(self, position: int) -> int:
         """Return the slot that holds blob `position`, queueing it and those after it. Raises what its transfer raised.
@@ -64,6 +66,7 @@ class Slots:
         if self.gate is not None:
             self.gate.arrive(position)
         with self.queue.change:
+            self._learn_order(position)
             if position not in self._held and not self._free:
                 self._reset()  # an earlier forward was abandoned and left its layers behind
             try:
@@ -84,7 +87,7 @@ class Slots:
             if held is None:
                 return
             self._put_back(held.slot)
-            self._fill((position + 1) % len(self.blobs))
+            self._fill(self._next[position])
 
     def reset(self) -> None:
         """Forget everything that is queued or there: all slots are free again once what is under way has ended."""
@@ -93,16 +96,28 @@ class Slots:
 
     def _fill(self, position: int) -> None:
         """Queue blob `position` and its successors as far as there are free slots. The lock is held."""
-        for step in range(len(self.blobs)):
-            wanted = (position + step) % len(self.blobs)
-            if wanted in self._held:
-                continue
-            if not self._free:
-                break
-            slot = self._free.popleft()
-            after, self._after[slot] = self._after[slot], None
-            transfer = self.queue.put(self.blobs[wanted], self.arenas[slot], self, after=after)
-            self._held[wanted] = _Held(slot, transfer)
+        wanted = position
+        for _ in self.blobs:
+            if wanted not in self._held:
+                if not self._free:
+                    break
+                slot = self._free.popleft()
+                after, self._after[slot] = self._after[slot], None
+                transfer = self.queue.put(self.blobs[wanted], self.arenas[slot], self, after=after)
+                self._held[wanted] = _Held(slot, transfer)
+            wanted = self._next[wanted]
+
+    def _learn_order(self, position: int) -> None:
+        """Note what is waited for; after a whole pass, go on in its order: attention may list its parts in another."""
+        if next(reversed(self._waited_for), None) == position:  # another sequence of a round
+            return
+        if position in self._waited_for:  # another pass
+            self._waited_for.clear()
+        self._waited_for[position] = None
+        if len(self._waited_for) == len(self.blobs):
+            order = list(self._waited_for)
+            for one, following in zip(order, order[1:] + order[:1], strict=True):
+                self._next[one] = following
 
     def _reset(self) -> None:
         """Free every slot, after the transfer under way has ended. The lock is held."""

@@ -34,7 +34,8 @@ class SplitLayer:
     """A decoder layer in parts that a device can be given one after the other.
 
     parts: each what one module inside the layer needs whenever it is called, in the order in which the model lists
-    them; the layer itself where it has no such parts. rest: norms and whatever else is small, None if there is nothing.
+    them, which need not be that of a pass; the layer itself where it has no such parts. rest: norms and whatever else
+    is small, None if there is nothing.
     """
 
     parts: tuple[LayerBlob, ...]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice, fake_gpu
+from test_architectures import make_model, quantize
 from test_device import PLACEMENTS, placed
 from test_recovery import Full, check_memory
 from torch import Tensor
@@ -22,8 +23,9 @@ from transformers.cache_utils import DynamicLayer
 from offload import rounds as module
 from offload.cache import Int8Layer
 from offload.checkpoint import LayerBlob
-from offload.executor import executor_of, new_cache
+from offload.executor import executor_of, load, new_cache
 from offload.limit import Limit, bytes_by_link
+from offload.planning.arrangement import arranged
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement
 from offload.rounds import Cancelled, Rounds
@@ -265,6 +267,29 @@ def test_the_share_of_each_link_counts_what_is_copied_once_and_what_each_reads(
         assert float(shares["bus"]) == pytest.approx(600 / 1e6)
         assert float(shares["memory"]) == pytest.approx((600 + 4 * on_host) / 1e6)
         assert float(shares["device memory"]) == pytest.approx(4 * planned["device memory"] / 1e6)
+
+
+def test_parts_that_attention_uses_in_another_order_than_it_lists_are_copied_once_a_round(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = quantize(
+        "rtn", make_model("OPT", tiny_model, tmp_path / "model"), tmp_path, tmp_path / "out"
+    ).directory
+    with fake_gpu(monkeypatch), torch.no_grad():
+        model = load(checkpoint, n_gpu_layers=-1, poison=True)
+        executor = executor_of(model)
+        executor.rearrange(arranged(executor.placement, "staged in parts", 2))
+        prompts = [prompt for prompt in PROMPTS if len(prompt) < 64]  # as many positions as it knows
+        asked = [Asked(model, prompt) for prompt in prompts]
+        copied = count_copies(model)
+        rounds = together(model, asked)
+        first = len(copied)
+        again = together(model, [Asked(model, prompt) for prompt in prompts])
+        units = sum(len(layer.parts) for layer in executor.units.split)
+        assert first > rounds.rounds * units + 2  # before the order was known
+        assert abs(len(copied) - first - again.rounds * units) <= 2
+        assert [one.found for one in asked] == [one.generated() for one in asked]
+        executor.close()
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
