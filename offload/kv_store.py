@@ -50,7 +50,7 @@ class FileStore:
         except OSError as error:
             raise ResourceError(f"{self.path}: keys and values cannot be written ({error.strerror})") from None
         self._end = max(self._end, place + nbytes)
-        return LayerBlob(self.path, "", place, nbytes, {}, {})
+        return LayerBlob(self.path, _name(place // nbytes), place, nbytes, {}, {})
 
     def drop(self, blob: LayerBlob) -> None:
         """Let others take its place."""
@@ -96,7 +96,7 @@ class HostStore:
                 self._grow(nbytes, together)
         place = self._spare.pop()
         self._device.copies_wait(self._device.mark_compute())
-        blob = LayerBlob(Path(), self._name(place), place, nbytes, {}, {})
+        blob = LayerBlob(Path(), _name(place), place, nbytes, {}, {})
         with self._copies_back.copying(blob):
             self._device.copy_back(self._places[place].bytes[:nbytes], chunk.memory.bytes)
             chunk.free = self._device.mark_copies()
@@ -127,7 +127,7 @@ class HostStore:
         for start in range(0, arena.nbytes, size):
             place = len(self._places)
             self._places.append(Memory(memory[start : start + size]))
-            self._blobs[self._name(place)] = (Kept(self._places), place)
+            self._blobs[_name(place)] = (Kept(self._places), place)
             self._spare.append(place)
 
     def _driver_memory(self, nbytes: int) -> Tensor:
@@ -146,9 +146,9 @@ class HostStore:
         self._allocated.append(memory)
         return memory
 
-    @staticmethod
-    def _name(place: int) -> str:
-        return f"keys and values {place}"
+
+def _name(place: int) -> str:
+    return f"keys and values {place}"
 
 
 def _delete(descriptor: int, path: Path) -> None:

@@ -37,9 +37,10 @@ class _Event:
 
 
 class Trace:
-    """Notes every pass through a decoder layer or the head, every read of a layer and every copy, until closed.
+    """Notes every pass through a decoder layer or the head, every read and every copy, until closed.
 
-    Copies are those of layers to a device, and of keys and values there and back, under names of their own.
+    Reads are those of layers, and of keys and values on disk; copies those of layers to a device, and of keys and
+    values there and back. Keys and values have names of their own.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -82,8 +83,10 @@ class Trace:
 
     def _listen(self, on_read: Any, on_copy: Any, on_copy_back: Any) -> None:
         executor, side = self._executor, self._executor.device_side
-        if executor.queue is not None:
-            executor.queue.on_read = on_read
+        on_disk = executor.kv_bytes is not None and side is None
+        queue = executor.kv_queue if on_disk else executor.queue  # the same, where weights are streamed
+        if queue is not None:
+            queue.on_read = on_read
         if side is not None:
             side.layer_copies.on_copy = side.cache_copies.on_copy = on_copy
             side.cache_copies_back.on_copy = on_copy_back

@@ -4,17 +4,20 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_device import placed
+from test_kv_device import TEXT, checkpoint, logits
 
 from offload.errors import ResourceError
-from offload.executor import executor_of, load
+from offload.executor import executor_of, load, new_cache
 from offload.generate import main
 from offload.trace import Trace, _Event
 
 TOKENS = torch.tensor([[5, 77, 130]])
+__all__ = ["checkpoint"]
 
 
 def test_every_layer_and_every_read_is_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -86,6 +89,30 @@ def test_every_copy_to_a_device_is_there_and_nothing_waits_for_it(
     ]
     assert any(event["tid"] == 2 for event in events) == ("disk" in name)
     assert "copies to the device busy" in described
+
+
+@pytest.mark.parametrize("words", [{}, {"device_map": "disk", "slots": 2}], ids=["in memory", "on disk"])
+def test_reads_of_keys_and_values_are_there_whether_weights_are_read_or_not(
+    words: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = load(checkpoint, kv="int8", kv_memory=0, context_tokens=5000, **words)
+    executor = executor_of(model)
+    trace, before = Trace(executor), executor.kv_queue.reads
+    logits(model, new_cache(model), *TEXT)
+    with executor.kv_queue.change:
+        executor.kv_queue.change.wait_for(lambda: executor.kv_queue._under_way is None)
+        reads = executor.kv_queue.reads - before
+        trace.close()
+    trace.write(tmp_path / "trace.json")
+    executor.close()
+    events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    names = Counter(event["name"] for event in events if event["tid"] == 2)
+    of_cache = [name for name in names if name.startswith("keys and values ")]
+    assert len(of_cache) >= 2 * len(executor.layers)
+    assert bool(set(names) - set(of_cache)) == bool(words)
+    assert names.total() == reads
+    assert "disk busy" in trace.describe_links()
 
 
 def test_nothing_is_noted_once_it_is_closed(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
