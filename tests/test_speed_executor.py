@@ -4,20 +4,26 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from eval.speed import executor as speed_executor
 from eval.speed.__main__ import main
+from eval.speed.contender import ENGINES, Engine
 from eval.speed.control_group import memory_limit
 from eval.speed.executor import EngineError, Turns, _row, measure
+from eval.speed.native_time import TimedLibrary, timed_kernels
 from eval.speed.random_model import SHAPES, write_bfloat16, write_checkpoint, write_gguf
 from eval.speed.timing import Samples
+from kernels.matmul import dequant_matmul
+from kernels.packed import PackedWeight
 from offload.errors import UsageError
 
 TINY = SHAPES["tiny"]
@@ -37,6 +43,7 @@ def test_a_row_for_every_shape_budget_and_engine(tmp_path: Path, capfd: pytest.C
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["disk_bytes_per_token"] == 0
         assert 0 < row["of_read"] < 1
+        assert 0 < row["python_share"] < 1
         assert row["of_disk"] == ""
     linears = sum(rows * inputs for rows, inputs in TINY.linears.values())
     packed = TINY.layers * (linears * 17 // 32 + 7 * 16 + 2 * 2 * TINY.hidden)  # with shapes and two norms
@@ -126,3 +133,34 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny.int4").iterdir()}
     write_checkpoint(TINY, tmp_path / "tiny.int4")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny.int4").iterdir()} == before
+
+
+def test_pythons_share_is_what_neither_kernels_nor_waits_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 0.2 s that every pass sleeps, half is told as if a kernel ran: all else is short beside it."""
+    write_checkpoint(TINY, tmp_path / "tiny.int4")
+    library, forward = TimedLibrary(None), LlamaModel.forward
+
+    def slower(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        library.seconds += 0.1
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", slower)
+    engine = ENGINES["ours"](tmp_path / "tiny.int4", None, 64)
+    for known, expected in ((library, pytest.approx(0.5, abs=0.2)), (None, None)):
+        monkeypatch.setattr("eval.speed.native_time.timed_kernels", lambda known=known: nullcontext(known))
+        assert engine.python_share(3) == expected
+    assert Engine(lambda tokens, fresh: 0, dict).python_share(4) is None
+
+
+def test_kernels_are_timed_while_they_are_asked_for() -> None:
+    weight = PackedWeight(torch.zeros(64, 32, dtype=torch.uint8), torch.ones(64, 1, dtype=torch.bfloat16), None, 64)
+    with timed_kernels() as timed:
+        if timed is None:
+            pytest.skip("no compiled kernels here")
+        assert timed.seconds == 0
+        dequant_matmul(torch.ones(1, 64), weight)
+        after = timed.seconds
+        assert after > 0
+    dequant_matmul(torch.ones(1, 64), weight)
+    assert timed.seconds == after

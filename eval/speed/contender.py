@@ -2,8 +2,9 @@
 
     python -m eval.speed.contender ENGINE MODEL [--cpu-memory BYTES] [--context TOKENS]
 
-reads one command a line from stdin (`load`, `prefill TOKENS`, `decode TOKENS`, `facts`) and answers each with one JSON
-object on stdout. Nothing is imported before `load`, so that the process can be put into a control group first.
+reads one command a line from stdin (`load`, `prefill TOKENS`, `decode TOKENS`, `python_share TOKENS`, `facts`) and
+answers each with one JSON object on stdout. Nothing is imported before `load`, so that the process can be put into a
+control group first.
 """
 
 import argparse
@@ -22,18 +23,24 @@ PROMPT_TOKENS = 16
 """Of the prompt that decoding starts from."""
 
 
+def _unknown(tokens: int) -> None:
+    """Tell nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What a loaded model can be asked for.
 
     run(tokens, fresh): take tokens behind what came before, or on a fresh context; returns the likeliest next one.
     facts(): what else is to be known, such as the bytes read for a token. generate(prompt, count): the moments at which
-    `count` tokens came, where the engine has a loop of its own.
+    `count` tokens came, where the engine has a loop of its own. python_share(tokens): of a token, the mean of so many,
+    what is spent outside kernels and waits for reads; None where the engine cannot tell.
     """
 
     run: Callable[[list[int], bool], int]
     facts: Callable[[], dict[str, Any]]
     generate: Callable[[list[int], int], list[float]] | None = None
+    python_share: Callable[[int], float | None] = _unknown
 
     def prefill(self, tokens: int) -> float:
         """Return the seconds that a prompt of so many tokens takes, to the logits of its last one."""
@@ -54,13 +61,13 @@ class Engine:
         return (times[-1] - times[0]) / tokens
 
 
-def clocked(model: Any, prompt: list[int], count: int) -> "Clock":
+def clocked(model: Any, prompt: list[int], count: int, on_token: "Callable[[Clock], None] | None" = None) -> "Clock":
     """Let a model of transformers generate `count` tokens, the likeliest each; return when they came."""
     import torch
 
     from offload.clock import Clock
 
-    clock, ids = Clock(), torch.tensor([prompt])
+    clock, ids = Clock(on_token=on_token), torch.tensor([prompt])
     with torch.inference_mode():
         model.generate(
             ids,
@@ -77,6 +84,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     """This toolkit, through transformers' own `generate()`."""
     import torch
 
+    from eval.speed import native_time
     from offload.executor import executor_of, load
     from offload.limit import measure_links
 
@@ -91,6 +99,17 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
     def generate(prompt: list[int], count: int) -> list[float]:
         return clocked(loaded, prompt, count).times
 
+    def python_share(tokens: int) -> float | None:
+        native: list[float] = []
+        with native_time.timed_kernels() as timed:
+            if timed is None:
+                return None
+            prompt = list(range(1, PROMPT_TOKENS + 1))
+            times = clocked(
+                loaded, prompt, tokens + 1, lambda _: native.append(timed.seconds + executor.stats.wait_seconds)
+            ).times
+        return 1 - (native[-1] - native[0]) / (times[-1] - times[0])
+
     def facts() -> dict[str, Any]:
         disk = [1 / link.bytes_per_second for link in measure_links(executor) if link.link == "disk"]
         return {
@@ -100,7 +119,7 @@ def _ours(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:
             **_memory(),
         }
 
-    return Engine(run, facts, generate)
+    return Engine(run, facts, generate, python_share)
 
 
 def _llama_cpp(model: Path, cpu_memory: int | None, context_tokens: int) -> Engine:

@@ -31,6 +31,7 @@ from offload.errors import UsageError
 from offload.memory import Arena
 
 _READ_BYTES = 512 << 20
+_SHARES = ("of_disk", "of_read", "python_share")
 _MODELS = Path("checkpoints") / "random"
 _PACKAGES = {"ours": "offload", "llama.cpp": "llama_cpp", "accelerate": "accelerate"}
 _DISTRIBUTIONS = {"llama.cpp": "llama-cpp-python", "accelerate": "accelerate"}
@@ -47,11 +48,13 @@ class Turns:
     """What one engine's turns gave: seconds of a token and of a prompt, one a round, and what it said of itself.
 
     disk: seconds that a byte takes from disk, of one that streams: right after decoding, over the bytes it streams.
+    python: the share of a token outside kernels and waits, in tokens of their own after those; None if it cannot tell.
     """
 
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     disk: list[float] = field(default_factory=list)
+    python: list[float | None] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,14 +67,15 @@ class ExecutorReport(Rows):
         """Return a line for each."""
         lines = [
             f"{'shape':6} {'budget':>10} {'engine':11} {'tokens/s':>9} {'x ours':>7} {'of disk':>8} {'of read':>8} "
-            f"{'prompt':>9} {'x ours':>7} {'peak':>10}"
+            f"{'python':>8} {'prompt':>9} {'x ours':>7} {'peak':>10}"
         ]
         for row in self.measured:
             budget = format_bytes(row["budget_bytes"]) if row["budget_bytes"] else "no limit"
-            share = {key: f"{row[key]:.0%}" if row[key] != "" else "" for key in ("of_disk", "of_read")}
+            share = {key: f"{row[key]:.0%}" if row[key] != "" else "" for key in _SHARES}
             lines.append(
                 f"{row['shape']:6} {budget:>10} {row['engine']:11} {row['tokens_per_s']:9.2f} "
-                f"{row['decode_x_ours']:7.2f} {share['of_disk']:>8} {share['of_read']:>8} {row['prompt_s']:7.2f} s "
+                f"{row['decode_x_ours']:7.2f} {share['of_disk']:>8} {share['of_read']:>8} {share['python_share']:>8} "
+                f"{row['prompt_s']:7.2f} s "
                 f"{row['prompt_x_ours']:7.2f} {format_bytes(row['peak_bytes']):>10}"
             )
         return "\n".join(lines)
@@ -139,6 +143,7 @@ def _compare(
                     turns[name].decode.append(asked[name](f"decode {options.tokens}"))
                     if options.prompt_tokens:
                         turns[name].prefill.append(asked[name](f"prefill {options.prompt_tokens}"))
+                    turns[name].python.append(asked[name](f"python_share {options.tokens}"))
                     turns[name].facts = asked[name]("facts")
                     turns[name].disk += turns[name].facts.get("disk_seconds_per_byte", [])
                 except EngineError as error:
@@ -252,7 +257,10 @@ def _row(
         "read_gb_per_s": round(1e-9 / memory.median, 2),
         "of_disk": "",
         "of_read": "",
+        "python_share": "",
     }
+    if told := [share for share in mine.python if share is not None]:
+        row["python_share"] = round(statistics.median(told), 3)
     if facts.get("disk_bytes_per_token"):
         row["of_disk"] = _share(facts["disk_bytes_per_token"], disk, decode)
     elif facts.get("bytes_per_token"):
