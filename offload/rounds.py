@@ -1,8 +1,8 @@
 """Rounds: sequences that run at once share every pass over the streamed weights.
 
 Each sequence is an ordinary `generate()` in a thread of its own, of which one alone runs at any moment: a thread stands
-still before each pass, before each unit of a ring, and where it wants what is cheaper for all at once (see `Joint`), until
-every other one of the round has come there too. So a unit is read, or copied to a GPU, once for all of them, each of them
+still before each pass, before each unit of a ring, and where it wants what is cheaper for all at once (see `Joint`),
+until every other one of the round has come there too. So a unit is read, or copied to a GPU, once for all of them; each
 gets what it would compute alone, bit for bit, and one that fails or is cancelled leaves the others as they were. Who
 comes during a round takes part in the next.
 """
@@ -19,7 +19,11 @@ import torch
 from transformers import PreTrainedModel
 
 from offload.executor import executor_of
+from offload.fused import fused_layers
+from offload.head import StreamedHead
 from offload.joint import Joint
+from offload.linear import JointProduct, PackedLinear
+from offload.streaming import Executor
 from offload.transfer import Slots
 
 _BEFORE_A_PASS = -1
@@ -212,7 +216,7 @@ class Rounds:
         self._thread.join()
         self._hook.remove()
         self._executor.between_passes = None
-        for joint in self._executor.joints():
+        for joint in _joints(self._executor):
             joint.gather = None
         for ring in self._executor.rings:
             ring.gate = None
@@ -245,9 +249,9 @@ class Rounds:
         self.arrive(_BEFORE_A_PASS)
 
     def _prepare(self) -> None:
-        """Set a gate before each ring; where layers left a GPU since the last pass, they are other ones. So are joints."""
+        """Stand at each ring and joint; where layers left a GPU since the last pass, they are other ones."""
         self._units = []
-        for joint in self._executor.joints():
+        for joint in _joints(self._executor):
             joint.gather = self.gather
         for ring in self._executor.rings:
             ring.gate = _RingGate(self, len(self._units))
@@ -321,3 +325,14 @@ class Rounds:
             self._running = sequence
             sequence.resume()
         self._running = None
+
+
+def _joints(executor: Executor) -> list[Joint]:
+    """Return what computes for several sequences at once in a model: fused layers, and a head that is packed."""
+    head, joints = executor.model.get_output_embeddings(), list[Joint](fused_layers(executor.layers))
+    if isinstance(head, StreamedHead):
+        joints += head.joints
+    elif isinstance(head, PackedLinear):
+        head.joint = head.joint or JointProduct(len(executor.layers))
+        joints.append(head.joint)
+    return joints

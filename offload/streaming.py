@@ -22,12 +22,11 @@ from offload.device_side import DeviceSide, Parts, move_buffers
 from offload.embedding import DiskEmbedding
 from offload.expert_cache import ExpertCache
 from offload.experts import Experts
-from offload.fused import fuse, fused_layers, unfuse
+from offload.fused import fuse, unfuse
 from offload.head import StreamedHead, verify_head
-from offload.joint import Joint
 from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.lent_layers import LentLayers
-from offload.linear import JointProduct, PackedLinear
+from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, Memory
 from offload.planning.placement import Placement
 from offload.planning.wishes import KVFormat
@@ -224,16 +223,6 @@ class Executor:
         unfuse(self.layers)
         on_host = [at for at, how in enumerate(self.placement.hows) if how == "host"]
         fuse(self.model, {at: self.layers[at] for at in on_host}, self._in_memory)
-
-    def joints(self) -> list[Joint]:
-        """Return what computes for several sequences at once where somebody gathers what they want."""
-        head, joints = self.model.get_output_embeddings(), list[Joint](fused_layers(self.layers))
-        if isinstance(head, StreamedHead):
-            joints += head.joints
-        elif isinstance(head, PackedLinear):
-            head.joint = head.joint or JointProduct(len(self.blobs))
-            joints.append(head.joint)
-        return joints
 
     def attach_layers(self) -> None:
         """Read the layers that stay in memory, and hook what is streamed. Raises what `attach` raises."""

@@ -25,6 +25,7 @@ from eval.speed.timing import Samples
 from kernels.matmul import dequant_matmul
 from kernels.packed import PackedWeight
 from offload.errors import UsageError
+from offload.executor import load
 
 TINY = SHAPES["tiny"]
 
@@ -151,6 +152,19 @@ def test_pythons_share_is_what_neither_kernels_nor_waits_take(tmp_path: Path, mo
         monkeypatch.setattr("eval.speed.native_time.timed_kernels", lambda known=known: nullcontext(known))
         assert engine.python_share(3) == expected
     assert Engine(lambda tokens, fresh: 0, dict).python_share(4) is None
+
+
+def test_the_calls_that_make_a_token_are_timed(tmp_path: Path) -> None:
+    """Also where a caller met the library before, and remembers it: the model has decoded a token already."""
+    write_checkpoint(TINY, tmp_path / "tiny.int4")
+    model = load(tmp_path / "tiny.int4")
+    for timed in (False, True):
+        with timed_kernels() if timed else nullcontext() as library, torch.inference_mode():
+            model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, eos_token_id=None)
+        if timed and library is None:
+            pytest.skip("no compiled kernels here")
+    assert "int4_decode" in vars(library)
+    assert "int4_fast" in vars(library)
 
 
 def test_kernels_are_timed_while_they_are_asked_for() -> None:

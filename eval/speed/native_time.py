@@ -1,15 +1,19 @@
 """How long the compiled CPU kernels run, seen from Python: all that a token takes beside them and waits is Python's."""
 
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from kernels.cpu_matmul import compiled_library
+from kernels import cpu_attention, cpu_matmul, decoder
 
-_CALLERS = ("kernels.cpu_matmul", "kernels.cpu_attention", "kernels.decoder")
+_DOORS = (
+    (cpu_matmul, "compiled_library"),
+    (cpu_attention, "_library"),
+    (decoder, "_library"),
+)
+"""Where callers of the library get it from. The last two remember it, with the types of their functions."""
 
 
 class TimedLibrary:
@@ -35,16 +39,13 @@ class TimedLibrary:
 @contextmanager
 def timed_kernels() -> Iterator[TimedLibrary | None]:
     """Time the compiled kernels for a while; None where products run through torch, whose time is not told apart."""
-    library = compiled_library()
+    library = cpu_matmul.compiled_library()
     if library is None:
         yield None
         return
     timed = TimedLibrary(library)
-    patches = [patch.object(sys.modules[name], "compiled_library", lambda: timed) for name in _CALLERS]
-    for each in patches:
-        each.start()
-    try:
+    with ExitStack() as doors:
+        for module, name in _DOORS:
+            getattr(module, name)()  # the types of its functions are told the library itself
+            doors.enter_context(patch.object(module, name, lambda: timed))
         yield timed
-    finally:
-        for each in patches:
-            each.stop()
