@@ -11,23 +11,23 @@ group after group along the row, each against the error that the others leave (t
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
-from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax, range_parameters
-from quant.layer import LayerInputs, Moments, moments
-from quant.scale_groups import ScaleGroup, find_scale_groups
-
-_SMALLEST = 1e-4
-
-CLIP_ROWS = 256
-"""Rows whose ranges are searched together: more candidates at once than the caches hold take three times as long."""
+from quant.awq_cost import SearchWork, awq_cost, clip_rows
+from quant.cost import Cost, Shape, Windows
+from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax, range_parameters, row_chunks
+from quant.layer import LayerInputs
+from quant.moments import Moments
+from quant.scale_groups import find_scale_groups
+from quant.scale_search import search_scale
+from quant.tiles import Tiles, quadratic, times_symmetric
+from quant.walk_inputs import most_batch_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,9 @@ class AwqSettings:
     scale_points: values of r in (0, 1]. clip_points: shrink factors of a group's range, from 1 down to clip_floor.
     clip_damping: added to the diagonal of G there, in units of its mean: groups are searched one after another, and
     cancel less of each other's errors than G promises, on other text above all.
-    search_samples: samples on which block outputs are compared; moments always see all of them. In two layers of
-    SmolLM2-135M, 2 of 512 tokens chose scales whose loss on 16 is within 0.3% of that of 8's choice.
+    search_samples: samples on which the outputs of blocks are compared, and of wide linears that are alone; moments
+    always see all of them. In two layers of SmolLM2-135M, 2 of 512 tokens chose scales whose loss on 16 is within 0.3%
+    of that of 8's choice.
     """
 
     scale_points: int = 20
@@ -65,163 +66,88 @@ class Awq:
     def cost(self, shapes: list[Shape], grid: Grid, windows: Windows | None) -> Cost:
         """Return what a layer whose linears have these shapes will take: Gram matrices, searches."""
         assert windows is not None, "it needs inputs"
-        settings = self.settings
-        candidates = settings.clip_points * (2 if grid.symmetric else 1)
-        grams = [FLOAT_BYTES * columns * columns for _, columns in shapes]
-        search = [FLOAT_BYTES * (4 * candidates * min(n, CLIP_ROWS) * grid.group(k) + 6 * n * k) for n, k in shapes]
-        weights = sum(n * k for n, k in shapes)
-        runs = windows.tokens * (6 * windows.samples + 2 * settings.scale_points * settings.search_samples)
-        clips = candidates * (1 if grid.symmetric else 3) * (2 * max(grid.group(k) for _, k in shapes) + 60)
-        statistics = sum(2 * k * k for _, k in shapes) * windows.samples * windows.tokens
-        return Cost(sum(grams) + max(grams) + max(search), 2.0 * weights * runs + weights * clips + statistics)
+        settings, samples = self.settings, min(self.settings.search_samples, windows.samples)
+        tokens = most_batch_samples(windows.tokens) * windows.tokens, samples * windows.tokens
+        how = windows, *tokens, grid, settings.clip_points, settings.scale_points
+        return awq_cost(shapes, [SearchWork(n, k, *how) for n, k in shapes], samples)
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
     ) -> tuple[dict[str, Parameters], dict[str, Any]]:
         """Scale `layer` (float32) in place and return the parameters of its linears and what to report of it."""
         seen, scales = scale_layer(layer, inputs, grids, head_dim, self.settings)
-        weights = {name: layer.get_parameter(f"{name}.weight").data for name in grids}
-        damped = {name: seen[name].damped(self.settings.clip_damping) for name in grids}
-        found = {name: search_clip(weights[name], damped[name], grids[name], self.settings) for name in grids}
-        ranges = {name: kept_range(weights[name], found[name], grids[name]) for name in grids}
+        found, ranges = {}, {}
+        for name, grid in grids.items():
+            weight = layer.get_parameter(f"{name}.weight").data
+            found[name] = search_clip(weight, seen.gram(name, self.settings.clip_damping), grid, self.settings)
+            ranges[name] = kept_range(weight, found[name], grid)
         return found, {"scales": scales, "ranges": ranges}
 
 
 def scale_layer(
     layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int, settings: AwqSettings
-) -> tuple[dict[str, Moments], dict[str, str]]:
+) -> tuple[Moments, dict[str, str]]:
     """Scale `layer` (float32) in place, group after group, each by the best scale for linears that `grids` holds whole.
 
     Returns the moments of the inputs of all linears as they are after scaling, and each group's chosen candidate.
     """
-    seen = moments(layer, inputs, grids)
+    seen = Moments(layer, inputs, grids)
     chosen = {}
     for group in find_scale_groups(layer, inputs, head_dim):
         if not set(group.linears) <= set(grids):
             continue
         grid = grids[group.linears[0]]  # linears that share an input share their grid
         search = inputs.select(slice(0, settings.search_samples))
-        scale, label = search_scale(layer, group, search, seen[group.linears[0]], grid, settings)
+        scale, label = search_scale(layer, group, search, seen, grid, settings.scale_points)
         scale = group.apply(layer, scale, grid.scale_dtype)
-        for name in group.linears:
-            seen[name] = _rescaled(seen[name], scale[group.channels])
+        seen.divide(group.linears, scale[group.channels])
         chosen[f"{group.absorber} -> {', '.join(group.linears)}"] = label
     return seen, chosen
 
 
-def search_scale(
-    layer: nn.Module, group: ScaleGroup, inputs: LayerInputs, seen: Moments, grid: Grid, settings: AwqSettings
-) -> tuple[Tensor, str]:
-    """Return the best scale, float32 [channels of the absorber], and its candidate's name; `layer` stays as it was."""
-    parameters = [layer.get_parameter(f"{name}.weight") for name in group.linears]
-    originals = [parameter.data for parameter in parameters]
-    measure = _loss_of(layer, group, inputs, seen, originals)
-    best_loss, best_scale, best_label = float("inf"), torch.ones(0), ""
-    for label, scale in _candidate_scales(group, seen.magnitude, originals, grid, settings.scale_points):
-        columns = scale[group.channels]
-        for parameter, original in zip(parameters, originals, strict=True):
-            scaled = original * columns
-            parameter.data = fake_quantize(scaled, minmax(scaled, grid), grid) / columns
-        loss = measure()
-        if loss < best_loss:
-            best_loss, best_scale, best_label = loss, scale, label
-    for parameter, original in zip(parameters, originals, strict=True):
-        parameter.data = original
-    if not best_label:
-        raise ArithmeticError(f"{', '.join(group.linears)}: the output is not finite under any scale")
-    return best_scale, best_label
-
-
-def _candidate_scales(
-    group: ScaleGroup, magnitude: Tensor, weights: list[Tensor], grid: Grid, points: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield identity, then s = x^r and s = x^r / w^(1-r), each scaled so that its extremes lie around 1."""
-    size = int(group.channels.max()) + 1
-    x = _mean_by_channel(magnitude, group.channels, size).clamp(min=_SMALLEST)
-    w = _mean_by_channel(_relative_weight(weights, grid), group.channels, size)
-    yield "identity", torch.ones(size)
-    for point in range(1, points + 1):
-        r = point / points
-        yield f"x^{r:g}", _centred(x**r)
-        if r < 1:
-            yield f"x^{r:g}/w^{1 - r:g}", _centred(x**r / (w ** (1 - r) + _SMALLEST))
-
-
-def _centred(scale: Tensor) -> Tensor:
-    scale = scale.clamp(min=_SMALLEST)
-    return scale / (scale.max() * scale.min()).sqrt()
-
-
-def _mean_by_channel(values: Tensor, channels: Tensor, size: int) -> Tensor:
-    """Average [K] values over the input channels that share one of `size` absorber channels."""
-    total = torch.zeros(size).index_add_(0, channels, values)
-    return total / torch.bincount(channels, minlength=size)
-
-
-def _relative_weight(weights: list[Tensor], grid: Grid) -> Tensor:
-    """Return the mean over all rows of |w| / max of its group, [K]: how much of the range an input channel fills."""
-    stacked = torch.cat(weights).abs()
-    grouped = stacked.unflatten(1, (-1, grid.group(stacked.shape[1])))
-    filled: Tensor = grouped / grouped.amax(-1, keepdim=True).clamp(min=_SMALLEST)
-    return filled.flatten(1).mean(0)
-
-
-def _loss_of(
-    layer: nn.Module, group: ScaleGroup, inputs: LayerInputs, seen: Moments, originals: list[Tensor]
-) -> Callable[[], float]:
-    """Return a function that measures the error of the group's block under the weights it has when called.
-
-    For a single linear the Gram matrix gives it exactly; for a block its recorded calls are run again.
-    """
-    if group.block == group.linears[0]:
-        weight = layer.get_parameter(f"{group.block}.weight")
-        return lambda: seen.loss(weight.data - originals[0])
-    block = layer.get_submodule(group.block)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    references: list[Tensor] = []
-    before = block.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    after = block.register_forward_hook(lambda m, args, output: references.append(_hidden(output)))
-    for _ in inputs.outputs(layer):
-        pass
-    before.remove()
-    after.remove()
-
-    def measure() -> float:
-        pairs = zip(calls, references, strict=True)
-        return sum(float((_hidden(block(*args, **kwargs)) - y).square().sum()) for (args, kwargs), y in pairs)
-
-    return measure
-
-
-def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _rescaled(seen: Moments, scale: Tensor) -> Moments:
-    """Return the moments of x / scale."""
-    return replace(seen, gram=seen.gram / (scale[:, None] * scale), magnitude=seen.magnitude / scale)
-
-
-def search_clip(weight: Tensor, seen: Moments, grid: Grid, settings: AwqSettings) -> Parameters:
+def search_clip(weight: Tensor, gram: Tiles, grid: Grid, settings: AwqSettings) -> Parameters:
     """Return parameters whose ranges minimise E[|(W' - W) x|^2], found group after group along the rows.
 
-    weight: float32 [N, K]. Never worse than the full range on the moments given, as that is the first candidate.
+    weight: float32 [N, K]. gram: E[x x^T], its upper tiles, float32. Never worse than the full range on the moments
+    given, as that is the first candidate. Rows are independent of each other: some are searched at a time.
     """
+    whole_rows = gram.count > 1 and grid.group(weight.shape[1]) == weight.shape[1]
+    search = _clip_whole_rows if whole_rows else _clip_in_turn
+    found = [search(weight[rows], gram, grid, settings) for rows in row_chunks(*weight.shape)]
+    return Parameters(torch.cat([f.scale for f in found]), torch.cat([f.zero for f in found]))
+
+
+def _clip_in_turn(weight: Tensor, gram: Tiles, grid: Grid, settings: AwqSettings) -> Parameters:
+    """Search the groups of some rows [N, K], tile after tile, each under the error that the others leave so far."""
     group_size = grid.group(weight.shape[1])
     parameters = minmax(weight, grid)
     scale, zero = parameters.scale.clone(), parameters.zero.clone()
-    difference = fake_quantize(weight, parameters, grid) - weight
-    pull = difference @ seen.gram
-    for index, column in enumerate(range(0, weight.shape[1], group_size)):
-        columns = slice(column, column + group_size)
-        gram = seen.gram[columns, columns]
-        others = pull[:, columns] - difference[:, columns] @ gram
-        found = _clip_group(weight[:, columns], partial(_joint_error, gram, others), grid, settings)
-        scale[:, index], zero[:, index] = found.scale, found.zero
-        changed = _rounded(weight[:, columns], found, grid) - weight[:, columns]
-        pull += (changed - difference[:, columns]) @ seen.gram[columns]
-        difference[:, columns] = changed
+    difference = fake_quantize(weight, parameters, grid).sub_(weight)
+    for tile in range(gram.count):
+        first, corner = gram.span(tile).start, gram.read(tile, tile)
+        pull = times_symmetric(difference, gram, tile)
+        for start in range(0, len(corner), group_size):
+            inside = slice(start, start + group_size)
+            columns, index = slice(first + start, first + start + group_size), (first + start) // group_size
+            block = corner[inside, inside]
+            others = pull[:, inside] - difference[:, columns] @ block
+            found = _clip_group(weight[:, columns], partial(_joint_error, block, others), grid, settings)
+            scale[:, index], zero[:, index] = found.scale, found.zero
+            changed = _rounded(weight[:, columns], found, grid) - weight[:, columns]
+            pull += (changed - difference[:, columns]) @ corner[inside]
+            difference[:, columns] = changed
     return Parameters(scale, zero)
+
+
+def _clip_whole_rows(weight: Tensor, gram: Tiles, grid: Grid, settings: AwqSettings) -> Parameters:
+    """Search some rows [N, K] of a single group each, under a gram of several tiles."""
+    found = _clip_group(weight, partial(_whole_error, gram), grid, settings)
+    return Parameters(found.scale[:, None], found.zero[:, None])
+
+
+def _whole_error(gram: Tiles, _: slice, d: Tensor) -> Tensor:
+    """Return d G d^T of some rows, d [candidates, R, K]: float64 [candidates, R]."""
+    return quadratic(d.flatten(0, 1), gram).view(d.shape[:2])
 
 
 def _joint_error(gram: Tensor, others: Tensor, rows: slice, d: Tensor) -> Tensor:
@@ -252,7 +178,8 @@ def _clip_group(
 
     difference: [candidates, R, G], of these rows.
     """
-    parts = [slice(start, start + CLIP_ROWS) for start in range(0, len(weight), CLIP_ROWS)]
+    step = clip_rows(weight.shape[1])
+    parts = [slice(start, start + step) for start in range(0, len(weight), step)]
     found = [_clip_rows(weight[rows], partial(error, rows), grid, settings) for rows in parts]
     return Parameters(torch.cat([f.scale for f in found]), torch.cat([f.zero for f in found]))
 

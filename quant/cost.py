@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from quant.groupwise import chunk_rows
+
 Shape = tuple[int, int]
 """Outputs and inputs of a linear."""
 
@@ -18,16 +20,25 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
-    """What one layer takes where statistics, and what the unquantized layer sees, lie in files.
+    """What one layer takes where statistics, and the inputs of its linears, lie in files.
 
     observing_bytes: of memory while a batch runs. working_bytes: while none does. disk_bytes: of files, besides the
-    inputs of the unquantized linears. traffic_bytes: read and written, about.
+    inputs of all linears. traffic_bytes: read and written, about.
     """
 
     observing_bytes: int
     working_bytes: int
     disk_bytes: int
     traffic_bytes: int
+
+    def after(self, before: "OnDisk") -> "OnDisk":
+        """Return what two pieces of work take, one after the other."""
+        return OnDisk(
+            max(self.observing_bytes, before.observing_bytes),
+            max(self.working_bytes, before.working_bytes),
+            max(self.disk_bytes, before.disk_bytes),
+            self.traffic_bytes + before.traffic_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +52,13 @@ class Cost:
     operations: float
     on_disk: OnDisk | None = None
 
+    def after(self, before: "Cost") -> "Cost":
+        """Return what two pieces of work take, one after the other; on disk only what both can put there."""
+        both = None if self.on_disk is None or before.on_disk is None else self.on_disk.after(before.on_disk)
+        return Cost(max(self.memory_bytes, before.memory_bytes), self.operations + before.operations, both)
+
     @classmethod
     def of_rounding(cls, shapes: list[Shape]) -> "Cost":
-        """Return the cost of rounding to nearest: the largest linear a few times over, and a few passes over each."""
-        weights = [rows * columns for rows, columns in shapes]
-        return cls(6 * FLOAT_BYTES * max(weights), 100.0 * sum(weights))
+        """Return the cost of rounding to nearest: some rows a few times over, and a few passes over each linear."""
+        chunks = [min(rows, chunk_rows(columns)) * columns for rows, columns in shapes]
+        return cls(6 * FLOAT_BYTES * max(chunks), 100.0 * sum(rows * columns for rows, columns in shapes))

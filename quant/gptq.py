@@ -31,10 +31,11 @@ from offload.command import say
 from quant import tiles
 from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
-from quant.gptq_cost import LinearWork, chunk_rows
-from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax
+from quant.gptq_cost import LinearWork
+from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax, row_chunks
 from quant.hessian import Hessian, Statistics, observe, observed, record
-from quant.layer import LayerInputs, UnreachedError, inputs_of, moments
+from quant.layer import LayerInputs, UnreachedError, inputs_of
+from quant.moments import Moments
 from quant.rounding import LearningSettings, Places, learn_rounding, learning_bytes, learning_operations
 from quant.scale_groups import sets_by_input
 from quant.tiles import times, times_squared_
@@ -88,32 +89,26 @@ class Gptq:
         """
         assert windows is not None, "it needs inputs"
         settings = self.settings
-        scaling = Awq(settings.search).cost(shapes, grid, windows) if settings.scale else None
         batch_tokens = most_batch_samples(windows.tokens) * windows.tokens
         how = windows, batch_tokens, grid, settings.search.clip_points, self._propagates
         works = [LinearWork(n, k, *how) for n, k in shapes]
-        held_bytes = held_file_bytes = held_narrow_bytes = 0
-        if not settings.sequential:
-            held_bytes, held_file_bytes = sum(w.held_bytes for w in works), sum(w.recording_bytes for w in works)
-            held_narrow_bytes = sum(w.held_bytes for w in works if not w.wide)
-        scaling_bytes = scaling.memory_bytes if scaling else 0
+        held_bytes = 0 if settings.sequential else sum(w.held_bytes for w in works)
         weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
         passes = 2.0 * weights * tokens * (6 if self._propagates else 3)
-        rounding = sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
-        operations = passes + rounding + (scaling.operations if scaling else 0)
+        operations = passes + sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
         learn_bytes = places_bytes = 0
         if settings.learn.steps:
             learn_bytes, places_bytes = learning_bytes(shapes, batch_tokens), FLOAT_BYTES * weights
             operations += learning_operations(shapes, settings.learn, windows)
-        held_narrow_bytes += places_bytes
         on_disk = OnDisk(
-            observing_bytes=max(learn_bytes, held_narrow_bytes + max(w.observing_bytes for w in works)),
-            working_bytes=max(scaling_bytes, held_narrow_bytes + max(w.working_bytes for w in works)),
-            disk_bytes=held_file_bytes + max(w.file_bytes for w in works),
+            observing_bytes=max(learn_bytes, places_bytes + max(w.observing_bytes for w in works)),
+            working_bytes=places_bytes + max(w.working_bytes for w in works),
+            disk_bytes=max(w.file_bytes for w in works),
             traffic_bytes=sum(w.traffic_bytes for w in works),
         )
         rounding_bytes = held_bytes + places_bytes + max(w.memory_bytes for w in works)
-        return Cost(max(scaling_bytes, rounding_bytes, learn_bytes), operations, on_disk)
+        cost = Cost(max(rounding_bytes, learn_bytes), operations, on_disk)
+        return cost.after(Awq(settings.search).cost(shapes, grid, windows)) if settings.scale else cost
 
     def quantize_layer(
         self, layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int
@@ -127,7 +122,7 @@ class Gptq:
         if settings.scale:
             _, report["scales"] = scale_layer(layer, inputs, grids, head_dim, settings.search)
         sets = sets_by_input(layer, inputs, list(grids))
-        statistics = self._in_sequence(layer, inputs, sets) if settings.sequential else _at_once(layer, inputs, sets)
+        statistics = self._in_sequence(layer, inputs, sets) if settings.sequential else at_once(layer, inputs, sets)
         found: dict[str, Parameters] = {}
         places: dict[str, Places] = {}
         for members in sets:
@@ -173,18 +168,22 @@ class Gptq:
         return lambda name: observe(layer, inputs_of(original, inputs.original(), name), inputs, name)
 
 
-def _at_once(layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]]) -> Seen:
-    """Return a function of what the linears see before any is rounded; the narrow ones' moments are held until then."""
+def at_once(layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]]) -> Seen:
+    """Return a function of what the linears see before any is rounded, which is held until then.
+
+    In memory: the inputs of wide linears, and the moments of narrow ones; on disk the inputs of all.
+    """
     firsts = [members[0] for members in sets]
     wide = [name for name in firsts if layer.get_parameter(f"{name}.weight").shape[1] > tiles.TILE]
     recorded = record(layer, inputs, wide, inputs.statistics_to) if wide else {}
     narrow = [name for name in firsts if name not in wide]
-    seen = moments(layer, inputs, narrow) if narrow else {}
+    seen = Moments(layer, inputs, narrow) if narrow else None
 
     def statistics(name: str) -> Statistics:
         if name in recorded:
             return observed(name, recorded.pop(name), None, inputs.statistics_to)
-        return Statistics.of(seen[name].gram.double())
+        assert seen is not None, "a linear is wide or narrow"
+        return Statistics.of(seen.gram(name).read(0, 0).double())
 
     return statistics
 
@@ -208,8 +207,7 @@ def round_in_place(
     lost: see `round_weight`.
     """
     found, kept = [], 0.0
-    for start in range(0, len(weight), chunk_rows(weight.shape[1])):
-        rows = slice(start, start + chunk_rows(weight.shape[1]))
+    for rows in row_chunks(*weight.shape):
         w_NK = weight[rows]
         start_NK = propagate(w_NK, hessian, share) if share else w_NK.clone()
         parameters, rounded = round_weight(start_NK, hessian, grid, search, None if lost is None else lost[rows])

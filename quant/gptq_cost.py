@@ -6,19 +6,12 @@ Axes: N outputs, K inputs of a linear.
 from dataclasses import dataclass
 
 from quant import tiles
-from quant.awq import CLIP_ROWS
+from quant.awq_cost import clip_rows
 from quant.cost import FLOAT_BYTES, Windows
-from quant.groupwise import Grid
+from quant.groupwise import Grid, chunk_rows
 from quant.hessian import PANEL_TILES
 
 _DOUBLE_BYTES = 8
-_CHUNK_WEIGHTS = 1 << 24
-_CHUNK_MULTIPLE = 64
-
-
-def chunk_rows(width: int) -> int:
-    """Return how many rows of `width` columns are rounded at a time: fixed, so that memory decides no bit."""
-    return max(_CHUNK_MULTIPLE, _CHUNK_WEIGHTS // width // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +56,8 @@ class LinearWork:
         rows = min(self.rows, chunk_rows(self.width))
         candidates = self.clip_points * (2 if self.grid.symmetric else 1)
         weights, carried = 7 * FLOAT_BYTES * rows * self.width, 2 * _DOUBLE_BYTES * rows * min(self.width, tiles.TILE)
-        return weights + carried + 4 * FLOAT_BYTES * candidates * min(rows, CLIP_ROWS) * self.grid.group(self.width)
+        group = self.grid.group(self.width)
+        return weights + carried + 4 * FLOAT_BYTES * candidates * min(rows, clip_rows(group)) * group
 
     @property
     def panel_bytes(self) -> int:

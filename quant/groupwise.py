@@ -4,12 +4,37 @@ Axes: N outputs, K inputs, C = K / G groups of G inputs in a row. Everything is 
 rounded to the dtype of the file before codes are chosen, so what is searched is what is stored.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.packed import BITS, PackedWeight, check_group_size, code_max, codes_per_word, pack, symmetric_zero
+from kernels.packed import (
+    BITS,
+    PackedWeight,
+    check_group_size,
+    code_max,
+    codes_per_word,
+    dequantize,
+    pack,
+    symmetric_zero,
+)
+
+_CHUNK_WEIGHTS = 1 << 24
+_CHUNK_MULTIPLE = 64
+"""Whole words of zero points, which are packed down the rows."""
+
+
+def chunk_rows(width: int) -> int:
+    """Return how many rows of `width` columns are worked on at a time: fixed, so that memory decides no bit."""
+    return max(_CHUNK_MULTIPLE, _CHUNK_WEIGHTS // width // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Yield the rows of a weight [N, K] that are worked on at a time, one part after the other."""
+    step = chunk_rows(width)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +135,33 @@ def fake_quantize(weight: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
     return values(codes(weight, parameters, grid), parameters)
 
 
+def round_to_nearest_(weight: Tensor, grid: Grid) -> None:
+    """Overwrite a float32 weight [N, K] with the nearest values of its whole ranges, some rows at a time."""
+    for rows in row_chunks(*weight.shape):
+        weight[rows] = fake_quantize(weight[rows], minmax(weight[rows], grid), grid)
+
+
 def pack_weight(weight: Tensor, parameters: Parameters, grid: Grid) -> PackedWeight:
-    """Round a float32 weight [N, K] to the grid and pack it."""
-    zero = None if grid.symmetric else parameters.zero.to(torch.uint8)
+    """Round a float32 weight [N, K] to the grid and pack it, some rows at a time."""
+    size, bits = grid.group(weight.shape[1]), grid.bits
     scale = parameters.scale.to(grid.scale_dtype)
-    code = codes(weight, parameters, grid).to(torch.uint8)
-    return pack(code, scale, zero, grid.group(weight.shape[1]), grid.bits)
+    zero = None if grid.symmetric else parameters.zero.to(torch.uint8)
+    parts = []
+    for rows in row_chunks(*weight.shape):
+        code = codes(weight[rows], Parameters(parameters.scale[rows], parameters.zero[rows]), grid).to(torch.uint8)
+        parts.append(pack(code, scale[rows], None if zero is None else zero[rows], size, bits))
+    if len(parts) == 1:
+        return parts[0]
+    packed_zero = None if zero is None else torch.cat([part.zero for part in parts if part.zero is not None])
+    return PackedWeight(torch.cat([part.codes for part in parts]), scale, packed_zero, size, bits)
+
+
+def unpack_into(weight: Tensor, packed: PackedWeight) -> None:
+    """Write what a packed weight stands for into a float32 [N, K], some rows at a time."""
+    per_word = codes_per_word(packed.bits)
+    for rows in row_chunks(*weight.shape):
+        words = slice(rows.start // per_word, -(-rows.stop // per_word))
+        zero = None if packed.zero is None else packed.zero[words]
+        weight[rows] = dequantize(
+            PackedWeight(packed.codes[rows], packed.scale[rows], zero, packed.group_size, packed.bits)
+        )

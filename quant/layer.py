@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from quant.hidden_states import HiddenStates
 
-_GRAM_BLOCK = 512
-"""Rows of a gram that are added to together: a product of that size runs at full speed."""
-
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
@@ -63,40 +60,21 @@ class LayerInputs:
         return torch.cat(list(self.outputs(layer)))
 
 
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """What a linear's loss needs to know of its inputs x.
-
-    gram: E[x x^T], float32 [K, K]. magnitude: E[|x|], float32 [K].
-    """
-
-    gram: Tensor
-    magnitude: Tensor
-
-    def damped(self, share: float) -> "Moments":
-        """Return these with `share` of the mean of the gram's diagonal added to it."""
-        unit = share * self.gram.diagonal().mean()
-        return replace(self, gram=self.gram + unit * torch.eye(len(self.gram)))
-
-    def loss(self, difference: Tensor) -> float:
-        """Return E[|(W' - W) x|^2] for a difference of weights [N, K]: the output's squared error, exactly."""
-        return float(torch.sum((difference @ self.gram) * difference))
-
-
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers inside, by their name within the layer, in the module's order."""
     return {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
 
 
-def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict[str, Moments]:
-    """Run the layer on all samples and return the moments of the inputs of the named linears.
+def shared_inputs(
+    layer: nn.Module, inputs: LayerInputs, names: Iterable[str], see: Callable[[str, Tensor], None]
+) -> dict[str, str]:
+    """Run the layer on all samples and call `see(name, x)` with all that the named linears are given, float32 [T, K].
 
-    Linears that share an input share its moments. The layer runs no further than the last of them that a batch comes
-    to. Raises UnreachedError naming a linear that was never called.
+    What several linears are given is seen once, under the name of the first; returns that name for each of them. The
+    layer runs no further than the last of them that a batch comes to. Raises UnreachedError naming a linear that was
+    never called.
     """
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    counts: dict[str, int] = {}
-    shared: dict[str, str] = {}
+    names, shared = list(names), dict[str, str]()
     owner: dict[int, tuple[str, Tensor]] = {}  # an address is an identity only while its tensor lives
     expected, met = set(names), set[str]()
 
@@ -104,14 +82,7 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
         first, _ = owner.setdefault(x.data_ptr(), (name, x))
         shared[name] = first
         if first == name:
-            x_TK = x.flatten(0, -2)
-            if name not in sums:
-                width = x_TK.shape[1]
-                sums[name] = (x_TK.new_zeros(width, width), x_TK.new_zeros(width))
-            gram, magnitude = sums[name]
-            add_gram(gram, x_TK)
-            magnitude += x_TK.abs().sum(0)
-            counts[name] = counts.get(name, 0) + len(x_TK)
+            see(name, x.flatten(0, -2).contiguous())
         met.add(name)
         if met == expected:
             raise _Reached(x)
@@ -125,23 +96,7 @@ def moments(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> dict
     missing = [name for name in names if name not in shared]
     if missing:
         raise UnreachedError(f"{', '.join(missing)}: not called by any calibration sample")
-    means = {name: Moments(mirror(g).div_(counts[name]), m.div_(counts[name])) for name, (g, m) in sums.items()}
-    return {name: means[shared[name]] for name in names}
-
-
-def add_gram(gram: Tensor, x_TK: Tensor) -> None:
-    """Add x^T x to a gram [K, K], in blocks on and above its diagonal alone, as `mirror` makes up for the others."""
-    for start in range(0, len(gram), _GRAM_BLOCK):
-        columns = slice(start, start + _GRAM_BLOCK)
-        gram[columns, start:].addmm_(x_TK[:, columns].T, x_TK[:, start:])
-
-
-def mirror(gram: Tensor) -> Tensor:
-    """Return a gram with the blocks below its diagonal, in place."""
-    for start in range(_GRAM_BLOCK, len(gram), _GRAM_BLOCK):
-        columns = slice(start - _GRAM_BLOCK, start)
-        gram[start:, columns] = gram[columns, start:].T
-    return gram
+    return {name: shared[name] for name in names}
 
 
 def unreached(layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> list[str]:

@@ -84,9 +84,10 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
     windows, calibration = _calibration(method, options, plan)
     files: dict[str, bytes] = {}
     if windows is not None and widens:
-        footprint(plan, method, amount, widens).within(budget_bytes)
+        needed = footprint(plan, method, amount, widens).within(budget_bytes)
         plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
-        grids, measured = widen(plan.model, plan.source, plan.grids, windows, options.target_bits)
+        spill_to = _existing(output) if needed.statistics_spilled else None
+        grids, measured = widen(plan.model, plan.source, plan.grids, windows, options.target_bits, spill_to)
         plan, files = with_grids(plan, grids), {SENSITIVITY_NAME: _json([asdict(each) for each in measured])}
     needed = footprint(plan, method, amount, widens).within(budget_bytes)
     _check_output(output, plan, needed)
@@ -158,14 +159,18 @@ def _as_known_outside(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
 def _check_output(output: Path, plan: Plan, needed: Footprint) -> None:
     if output.resolve().is_relative_to(plan.directory.resolve()):
         raise UsageError(f"--output {output}: lies inside the model it is made from")
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = shutil.disk_usage(_existing(output)).free
     written = sum(path.stat().st_size for path in output.glob("model-*.safetensors")) if output.is_dir() else 0
     missing_bytes = needed.disk_bytes - written
     if missing_bytes > free_bytes:
         raise ResourceError(
             f"--output {output}: {format_bytes(missing_bytes)} needed, {format_bytes(free_bytes)} free on that disk"
         )
+
+
+def _existing(output: Path) -> Path:
+    """Return the directory that a path leads through as far as it is there."""
+    return next(path for path in (output, *output.absolute().parents) if path.exists())
 
 
 def _calibration(method: Method, options: argparse.Namespace, plan: Plan) -> tuple[Tensor | None, dict[str, Any]]:

@@ -47,7 +47,8 @@ class Footprint:
     importing libraries that were just installed maps more of their code than running them needs. sensitivity: what is
     held while it is measured, before anything is quantized. original: a copy of the unquantized layer. kept: outputs of
     held-out samples, among the activations. on_disk: what the method needs with its statistics on disk, the inputs of
-    the unquantized linears in the place of that copy; statistics_spilled: whether they are there.
+    the unquantized linears in the place of that copy; statistics_spilled: whether they are there, and what measuring
+    sensitivity makes as well, which is then sensitivity_on_disk.
     """
 
     runtime_bytes: int
@@ -61,6 +62,7 @@ class Footprint:
     spilled: bool = False
     reached_bytes: int = 0
     sensitivity_bytes: int = 0
+    sensitivity_on_disk_bytes: int = 0
     original_bytes: int = 0
     kept_bytes: int = 0
     on_disk: OnDisk | None = None
@@ -71,7 +73,7 @@ class Footprint:
         """The most memory that the process will have."""
         at_layer = self.layer_bytes + self._original_bytes + self._method_bytes + self.activation_bytes
         at_work = max(self.around_bytes, at_layer)
-        at_work = max(at_work + (0 if self.spilled else self.states_bytes), self.sensitivity_bytes)
+        at_work = max(at_work + (0 if self.spilled else self.states_bytes), self._sensitivity_bytes)
         planned = self.runtime_bytes + _RESERVE_BYTES + at_work
         return max(planned, self.reached_bytes)
 
@@ -88,6 +90,10 @@ class Footprint:
     @property
     def _original_bytes(self) -> int:
         return 0 if self.statistics_spilled else self.original_bytes
+
+    @property
+    def _sensitivity_bytes(self) -> int:
+        return self.sensitivity_on_disk_bytes if self.statistics_spilled else self.sensitivity_bytes
 
     @property
     def _method_bytes(self) -> int:
@@ -136,7 +142,7 @@ class Footprint:
             ("statistics and searches", self._method_bytes),
             ("activations", self.activation_bytes),
             ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
-            ("measuring sensitivity, before that", self.sensitivity_bytes),
+            ("measuring sensitivity, before that", self._sensitivity_bytes),
         ]
 
 
@@ -149,13 +155,12 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
     shapes = [[(x.out_features, x.in_features) for x in linears(layer).values()] for layer in layers]
     costs = [method.cost(layer_shapes, plan.grid, windows) for layer_shapes in shapes]
     values = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    operations, sensitivity = sum(cost.operations for cost in costs), 0
+    operations, sensitivity = sum(cost.operations for cost in costs), (0, 0)
     activations = 0 if windows is None else max(_activation_bytes(plan, layer, windows) for layer in layers)
     if windows is not None and widens:
         measuring = [measuring_cost(layer_shapes, plan.grid, windows, plan.hidden_size) for layer_shapes in shapes]
         operations += sum(cost.operations for cost in measuring)
-        largest = max(cost.memory_bytes for cost in measuring)
-        sensitivity = largest + max(values * FLOAT_BYTES + activations, _around_bytes(plan, windows))
+        sensitivity = _sensitivity(measuring, values * FLOAT_BYTES, activations, _around_bytes(plan, windows))
     seconds = operations / _operations_per_second()
     trim_memory()
     return Footprint(
@@ -168,24 +173,29 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
         output_bytes=plan.expected_bytes,
         seconds=seconds + _READS_OF_SOURCE * plan.source.nbytes / _DISK_BYTES_PER_SECOND,
         reached_bytes=peak_memory_bytes(),
-        sensitivity_bytes=sensitivity,
+        sensitivity_bytes=sensitivity[0],
+        sensitivity_on_disk_bytes=sensitivity[1],
         original_bytes=values * FLOAT_BYTES if method.needs_original else 0,
         kept_bytes=0 if windows is None else _held_out_samples(windows) * _sample_bytes(plan, windows),
-        on_disk=_on_disk(plan, costs, windows if method.needs_original else None),
+        on_disk=_on_disk(plan, costs, windows),
     )
+
+
+def _sensitivity(costs: list[Cost], layer_bytes: int, activation_bytes: int, around_bytes: int) -> tuple[int, int]:
+    """Return what is held while sensitivity is measured: in memory, and with all on disk that can be there."""
+    parts = [cost.on_disk for cost in costs if cost.on_disk is not None]
+    in_memory = max(cost.memory_bytes for cost in costs) + max(layer_bytes + activation_bytes, around_bytes)
+    running = max(activation_bytes + part.observing_bytes for part in parts)
+    at_layer = layer_bytes + max(running, *(part.working_bytes for part in parts))
+    return in_memory, max(at_layer, around_bytes)
 
 
 def _on_disk(plan: Plan, costs: list[Cost], windows: Windows | None) -> OnDisk | None:
-    """Return the most that any layer takes with its statistics on disk, None if the method cannot put them there.
-
-    windows: of methods that have the inputs of the unquantized linears there as well.
-    """
+    """Return the most that any layer takes with its statistics on disk, None if the method cannot put them there."""
     parts = [cost.on_disk for cost in costs if cost.on_disk is not None]
-    if not parts:
+    if not parts or windows is None:
         return None
-    recorded = (
-        [0] if windows is None else [_input_bytes(plan, layer, windows) for layer in decoder_layers(plan.model)[1]]
-    )
+    recorded = [_input_bytes(plan, layer, windows) for layer in decoder_layers(plan.model)[1]]
     return OnDisk(
         observing_bytes=max(part.observing_bytes for part in parts),
         working_bytes=max(part.working_bytes for part in parts),

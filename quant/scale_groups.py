@@ -9,12 +9,14 @@ round nowhere. A candidate that changes the output is not used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, linears
 
 _PROOF_TOLERANCE = 1e-4
@@ -68,7 +70,7 @@ def find_scale_groups(layer: nn.Module, inputs: LayerInputs, head_dim: int) -> l
     trace = Trace.of(layer, inputs)
     groups = []
     for candidates in _candidates(layer, trace, head_dim):
-        proved = next((group for group in candidates if holds(layer, trace, group)), None)
+        proved = next((group for group in candidates if holds(layer, trace, group, inputs.statistics_to)), None)
         if proved is not None:
             groups.append(proved)
     return groups
@@ -127,23 +129,23 @@ def _remember(
     blocks.setdefault(name, (args, kwargs))
 
 
-def holds(layer: nn.Module, trace: Trace, group: ScaleGroup) -> bool:
+def holds(layer: nn.Module, trace: Trace, group: ScaleGroup, directory: Path | None = None) -> bool:
     """Prove a group: insert a random scale on both sides, compare what comes out, and put everything back.
 
     What is compared is all that the smallest module around the group returns, as nothing else sees what is inside it.
+    directory: for the weights as they were, which are kept in memory without one.
     """
     scope = _common_module([group.absorber, *group.linears])
     while scope not in trace.blocks:  # a mere list of modules is never called
         scope = scope.rpartition(".")[0]
     touched = [layer.get_submodule(name) for name in (group.absorber, *group.linears)]
-    saved = [(p, p.data.clone()) for module in touched for p in module.parameters(recurse=False)]
+    kept = KeptWeights([p for module in touched for p in module.parameters(recurse=False)], directory)
     before = _outputs(layer, trace, scope)
     width = layer.get_parameter(f"{group.absorber}.weight").shape[0]
     exponents = torch.randint(-2, 3, (width,), generator=torch.Generator().manual_seed(width))
     group.apply(layer, torch.exp2(exponents.float()), torch.float32)
     after = _outputs(layer, trace, scope)
-    for parameter, data in saved:
-        parameter.data = data
+    kept.put_back()
     return bool(before) and all(
         bool((y - x).abs().max() <= _PROOF_TOLERANCE * x.abs().max()) for x, y in zip(before, after, strict=True)
     )

@@ -9,6 +9,7 @@ as engines fuse them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,20 @@ from offload.skeleton import decoder_layers
 from offload.source_weights import SourceWeights
 from quant.awq import AwqSettings
 from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
-from quant.gptq import Gptq, GptqSettings, round_weight
+from quant.gptq import Gptq, GptqSettings, at_once, round_in_place
 from quant.groupwise import Grid
-from quant.hessian import Hessian, Statistics
-from quant.layer import LayerInputs, linears, moments, unreached
+from quant.hessian import Hessian
+from quant.hidden_states import HiddenStates
+from quant.kept_weights import KeptWeights
+from quant.layer import LayerInputs, linears, unreached
 from quant.scale_groups import sets_by_input
 from quant.walk import load_layer, release
 from quant.walk_inputs import batch_samples, first_inputs
 
 _WINDOWS = 8
 _DAMPING = 0.1
+_SET = 4
+"""Linears of one shape that share an input, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +56,30 @@ def average_bits(model: nn.Module, grids: Mapping[str, Grid]) -> float:
 def measuring_cost(shapes: list[Shape], grid: Grid, windows: Windows, hidden_size: int) -> Cost:
     """Return what measuring a layer takes besides its weights and a run of it, hidden states included.
 
-    Statistics are held for all linears while one is rounded, as in GPTQ's fast tier, and the weights of a set twice.
-    States are the layer's inputs and outputs, and the moved outputs, with what their comparison makes of them.
+    Statistics are held, or recorded, for all linears while one set is rounded, as in GPTQ's fast tier, and the weights
+    of a set twice. States are the layer's inputs and outputs.
     """
     few = Windows(min(_WINDOWS, windows.samples), windows.tokens)
     rounding = Gptq(GptqSettings(sequential=False, propagation=0.0)).cost(shapes, grid, few)
-    search = AwqSettings()
-    candidates = search.clip_points * (2 if grid.symmetric else 1)
-    statistics = FLOAT_BYTES * sum(k * k for _, k in shapes) + max(
-        8 * max(6 * k * k, 3 * k * k + 9 * n * k) + 4 * FLOAT_BYTES * candidates * n * grid.group(k) for n, k in shapes
-    )
-    states = 7 * FLOAT_BYTES * few.samples * few.tokens * hidden_size
-    rounded = FLOAT_BYTES * sum(n * k for n, k in shapes)
-    return Cost(statistics + rounded + states, rounding.operations)
+    assert rounding.on_disk is not None, "GPTQ can put its statistics there"
+    kept_bytes = _SET * FLOAT_BYTES * max(n * k for n, k in shapes)
+    kept_bytes += 2 * FLOAT_BYTES * few.samples * few.tokens * hidden_size
+    on_disk = replace(rounding.on_disk, disk_bytes=rounding.on_disk.disk_bytes + kept_bytes)
+    return Cost(rounding.memory_bytes + kept_bytes, rounding.operations, on_disk)
 
 
 def widen(
-    model: PreTrainedModel, source: SourceWeights, grids: Mapping[str, Grid], windows: Tensor, target_bits: float
+    model: PreTrainedModel,
+    source: SourceWeights,
+    grids: Mapping[str, Grid],
+    windows: Tensor,
+    target_bits: float,
+    directory: Path | None = None,
 ) -> tuple[dict[str, Grid], list[Candidate]]:
     """Return `grids` with 8 bits where they pay most, until the average reaches `target_bits`, and what was measured.
 
-    windows: int64 [S, T], of which a few are used. Raises UsageError if no choice can have that average.
+    windows: int64 [S, T], of which a few are used. directory: for what memory has no room for. Raises UsageError if no
+    choice can have that average.
     """
     wide = {name: replace(grid, bits=8) for name, grid in grids.items()}
     least, most = average_bits(model, grids), average_bits(model, wide)
@@ -82,7 +90,7 @@ def widen(
         )
     weights = sum(model.get_parameter(f"{name}.weight").numel() for name in grids)
     budget_bytes = (target_bits - least) * weights / 8
-    offered = list(candidates(model, source, grids, windows[:_WINDOWS]))
+    offered = list(candidates(model, source, grids, windows[:_WINDOWS], directory))
     chosen = choose(offered, budget_bytes)
     return {name: wide[name] if name in chosen else grid for name, grid in grids.items()}, offered
 
@@ -98,32 +106,41 @@ def choose(candidates: list[Candidate], budget_bytes: float) -> set[str]:
 
 
 def candidates(
-    model: PreTrainedModel, source: SourceWeights, grids: Mapping[str, Grid], windows: Tensor
+    model: PreTrainedModel,
+    source: SourceWeights,
+    grids: Mapping[str, Grid],
+    windows: Tensor,
+    directory: Path | None = None,
 ) -> Iterator[Candidate]:
     """Walk the unquantized model on windows [S, T] and yield every set of linears that share an input.
 
-    Raises ArithmeticError for inputs not finite.
+    directory: for hidden states, statistics and weights, which are kept in memory without one. Raises ArithmeticError
+    for inputs not finite.
     """
     prefix, layers = decoder_layers(model)
-    inputs = first_inputs(model, source, windows)
+    inputs = first_inputs(model, source, windows, directory)
     progress = Progress("measuring sensitivity, layer", len(layers))
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         load_layer(layer, name, source)
-        output_STD = inputs.at_layer.run(layer)
+        output_STD = inputs.original_outputs(layer)
+        at_layer = replace(inputs.at_layer, statistics_to=directory)
         within = {key: grids[f"{name}.{key}"] for key in linears(layer) if f"{name}.{key}" in grids}
-        for key in unreached(layer, inputs.at_layer, within):
+        for key in unreached(layer, at_layer, within):
             del within[key]
-        seen = moments(layer, inputs.at_layer, within)
-        for members in sets_by_input(layer, inputs.at_layer, list(within)):
+        sets = sets_by_input(layer, at_layer, list(within))
+        statistics = at_once(layer, at_layer, sets)
+        for members in sets:
             shapes = [(within[key], layer.get_parameter(f"{key}.weight").shape) for key in members]
             extra = sum(replace(grid, bits=8).stored_bytes(*k) - grid.stored_bytes(*k) for grid, k in shapes)
-            known = Statistics.of(seen[members[0]].gram.double())
+            known = statistics(members[0])
             if not known.finite():
                 raise ArithmeticError(f"{name}.{members[0]}: its inputs are not finite")
-            hessian = Hessian.of(known, _DAMPING)
-            error = rounding_error(layer, inputs.at_layer, {k: within[k] for k in members}, hessian, output_STD)
+            hessian = Hessian.of(known, _DAMPING, directory)
+            error = rounding_error(layer, at_layer, {k: within[k] for k in members}, hessian, output_STD)
             yield Candidate(tuple(f"{name}.{key}" for key in members), error, extra)
+            del known, hessian  # the next set's are made without these beside them
+        del statistics
         if index + 1 < len(layers):
             arguments = inputs.arguments_by_layer[index + 1]
             inputs = replace(
@@ -134,18 +151,19 @@ def candidates(
 
 
 def rounding_error(
-    layer: nn.Module, inputs: LayerInputs, grids: Mapping[str, Grid], hessian: Hessian, expected_STD: Tensor
+    layer: nn.Module, inputs: LayerInputs, grids: Mapping[str, Grid], hessian: Hessian, expected_STD: HiddenStates
 ) -> float:
     """Return E[|y' - y|^2 / |y|^2] over tokens, y' with the linears of `grids` rounded; `layer` stays as it was.
 
     hessian: of the input that they share. expected_STD: y, float32 [S, T, D].
     """
     weights = {key: layer.get_parameter(f"{key}.weight") for key in grids}
-    originals = {key: weight.data for key, weight in weights.items()}
+    kept = KeptWeights(list(weights.values()), inputs.statistics_to)
     for key, weight in weights.items():
-        _, weight.data = round_weight(weight.data, hessian, grids[key], AwqSettings())
-    moved_ST = (inputs.run(layer) - expected_STD).square().sum(-1)
-    for key, weight in weights.items():
-        weight.data = originals[key]
-    size_ST = expected_STD.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float((moved_ST / size_ST).mean())
+        round_in_place(weight.data, hessian, grids[key], AwqSettings())
+    shares = []
+    for output_BTD, y_BTD in zip(inputs.outputs(layer), expected_STD.split(inputs.batch_samples), strict=True):
+        size_BT = y_BTD.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        shares.append((output_BTD - y_BTD).square().sum(-1) / size_BT)
+    kept.put_back()
+    return float(torch.cat(shares).mean())

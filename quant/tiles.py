@@ -15,18 +15,26 @@ from torch import Tensor
 from quant.nameless_file import NamelessFile
 
 TILE = 2048
-"""Rows of a tile, 32 MiB in float64: products of that size run at full speed and outweigh reading their factors."""
+"""Rows of a tile, 32 MiB in float64: products of that size run at full speed and outweigh reading their factors. A
+multiple of every group of a weight but a whole row."""
 
 
 class Tiles:
-    """A float64 matrix [K, K] in tiles of `tile` rows and columns, the last ones smaller.
+    """A matrix [K, K] in tiles of `tile` rows and columns, the last ones smaller.
 
     upper: only tiles on and above the diagonal are there. directory: of the file they lie in, in memory without one.
-    Raises ResourceError if the disk has no room.
+    dtype: float64 or float32. Raises ResourceError if the disk has no room.
     """
 
-    def __init__(self, width: int, upper: bool, directory: Path | None = None, tile: int | None = None) -> None:
-        self.width, self.upper, self.tile = width, upper, tile or TILE
+    def __init__(
+        self,
+        width: int,
+        upper: bool,
+        directory: Path | None = None,
+        tile: int | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.width, self.upper, self.tile, self.dtype = width, upper, tile or TILE, dtype
         self.count = -(-width // self.tile)
         self._held: dict[tuple[int, int], Tensor] = {}
         self._file = None if directory is None else NamelessFile(directory, "statistics", self.nbytes)
@@ -34,7 +42,7 @@ class Tiles:
     @property
     def nbytes(self) -> int:
         """Bytes of all tiles, each as large as the first."""
-        return len(list(self.places())) * 8 * self.tile**2
+        return len(list(self.places())) * self.dtype.itemsize * self.tile**2
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield row and column of every tile, counted in tiles."""
@@ -45,11 +53,11 @@ class Tiles:
         return slice(index * self.tile, min((index + 1) * self.tile, self.width))
 
     def read(self, row: int, column: int) -> Tensor:
-        """Return a tile, float64 and contiguous; not to be changed, as it may be the one that is kept."""
+        """Return a tile, contiguous; not to be changed, as it may be the one that is kept."""
         if self._file is None:
             return self._held[row, column]
         rows, columns = self.span(row), self.span(column)
-        tile = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.float64)
+        tile = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=self.dtype)
         self._file.read_into(self._offset(row, column), tile)
         return tile
 
@@ -62,23 +70,23 @@ class Tiles:
 
     def _offset(self, row: int, column: int) -> int:
         before = column * (column + 1) // 2 if self.upper else column * self.count
-        return (before + row) * 8 * self.tile**2
+        return (before + row) * self.dtype.itemsize * self.tile**2
 
     def diagonal(self) -> Tensor:
-        """Return the diagonal, float64 [K]."""
+        """Return the diagonal, [K]."""
         return torch.cat([self.read(i, i).diagonal() for i in range(self.count)])
 
     def whole(self) -> Tensor:
-        """Return the matrix, float64 [K, K], zero where it has no tiles."""
-        matrix = torch.zeros(self.width, self.width, dtype=torch.float64)
+        """Return the matrix, [K, K], zero where it has no tiles."""
+        matrix = torch.zeros(self.width, self.width, dtype=self.dtype)
         for row, column in self.places():
             matrix[self.span(row), self.span(column)] = self.read(row, column)
         return matrix
 
 
 def cut(matrix: Tensor, upper: bool, tile: int | None = None) -> Tiles:
-    """Cut a float64 matrix [K, K] into tiles in memory; one of a single tile is not copied."""
-    tiles = Tiles(len(matrix), upper, tile=tile)
+    """Cut a matrix [K, K] into tiles in memory; one of a single tile is not copied."""
+    tiles = Tiles(len(matrix), upper, tile=tile, dtype=matrix.dtype)
     for row, column in tiles.places():
         tiles.write(row, column, matrix[tiles.span(row), tiles.span(column)])
     return tiles
@@ -153,8 +161,18 @@ def times_squared_(rows: Tensor, factor: Tiles) -> Tensor:
     return rows
 
 
+def times_symmetric(rows: Tensor, symmetric: Tiles, column: int) -> Tensor:
+    """Return rows G, but only a column of its tiles, for rows [N, K] and the upper tiles of a symmetric G."""
+    product = torch.empty(0)
+    for i in range(symmetric.count):
+        tile = symmetric.read(i, column) if i <= column else symmetric.read(column, i).T
+        part = rows[:, symmetric.span(i)]
+        product = part @ tile if i == 0 else product.addmm_(part, tile)
+    return product
+
+
 def quadratic(rows: Tensor, symmetric: Tiles) -> Tensor:
-    """Return d G d^T of every row d of float64 [N, K], for the upper tiles of a symmetric G: [N]."""
+    """Return d G d^T of every row d of [N, K], for the upper tiles of a symmetric G of that dtype: float64 [N]."""
     total = torch.zeros(len(rows), dtype=torch.float64)
     for j in range(symmetric.count):
         columns = rows[:, symmetric.span(j)]

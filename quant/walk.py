@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernels.packed import PackedWeight, dequantize
+from kernels.packed import PackedWeight
 from offload.checkpoint import read_header
 from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
 from offload.skeleton import assign, decoder_layers, outer_names
 from offload.source_weights import Location, SourceWeights
 from quant.cost import Cost, Shape, Windows
-from quant.groupwise import Grid, Parameters, fake_quantize, minmax, pack_weight
+from quant.groupwise import Grid, Parameters, minmax, pack_weight, round_to_nearest_, unpack_into
 from quant.hidden_states import HiddenStates
 from quant.layer import LayerInputs, linears, unreached
 from quant.walk_inputs import WalkInputs, first_inputs
@@ -150,8 +150,7 @@ class Walk:
         fit, held_out = inputs.at_layer.split_held_out(_HELD_OUT_SHARE)
         reference = held_out.original().run(layer) if held_out.target_STD is None else held_out.target_STD
         for key, grid in grids.items():
-            weight = layer.get_parameter(f"{key}.weight")
-            weight.data = fake_quantize(weight.data, minmax(weight.data, grid), grid)
+            round_to_nearest_(layer.get_parameter(f"{key}.weight").data, grid)
         rtn_error = relative_error(held_out, layer, reference)
         load_layer(layer, name, self.source)
         blind = unreached(layer, fit, grids)
@@ -186,9 +185,9 @@ def pack_layer(
     """Pack linears of `layer` and leave in it what the file says: these dequantized, the rest in `dtypes`' values."""
     packed = {}
     for key, parameters in found.items():
-        weight = layer.get_parameter(f"{key}.weight")
-        packed[key] = pack_weight(weight.data, parameters, grids[key])
-        weight.data = dequantize(packed[key])
+        weight = layer.get_parameter(f"{key}.weight").data
+        packed[key] = pack_weight(weight, parameters, grids[key])
+        unpack_into(weight, packed[key])
     quantized = {f"{key}.weight" for key in found}
     for key, tensor in layer.state_dict().items():
         if key not in quantized and tensor.is_floating_point():
@@ -235,13 +234,16 @@ def restore(
         stem, grid = full.removesuffix(".weight"), grids[key.removesuffix(".weight")]
         codes = shard.read(f"{stem}.weight_packed").view(torch.uint8)
         zero = None if grid.symmetric else shard.read(f"{stem}.weight_zero_point")
-        size = grid.group(layer.get_parameter(key).shape[1])
-        weight = PackedWeight(codes, shard.read(f"{stem}.weight_scale"), zero, size, grid.bits)
-        assign(layer, key, dequantize(weight))
+        shape = layer.get_parameter(key).shape
+        packed = PackedWeight(codes, shard.read(f"{stem}.weight_scale"), zero, grid.group(shape[1]), grid.bits)
+        weight = torch.empty(shape)
+        unpack_into(weight, packed)
+        assign(layer, key, weight)
 
 
 def load_layer(layer: nn.Module, name: str, source: SourceWeights) -> dict[str, torch.dtype]:
     """Read the original weights into `layer`, as float32, and return the dtypes of the source."""
+    release(layer)
     dtypes = {}
     for key in state_names(layer):
         tensor = source.read(f"{name}.{key}")

@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.packed import BITS
-from quant.awq import Awq, AwqSettings, search_clip, search_scale
+from quant.awq import Awq, AwqSettings, search_clip
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax
-from quant.layer import LayerInputs, Moments, linears, moments
+from quant.layer import LayerInputs, linears
+from quant.moments import Moments, mean_loss
 from quant.rtn import Rtn
 from quant.scale_groups import ScaleGroup, find_scale_groups
+from quant.scale_search import search_scale
+from quant.tiles import cut
 
 SETTINGS = AwqSettings(scale_points=8, clip_points=7, clip_floor=0.5, search_samples=8)
 
@@ -69,11 +72,11 @@ def inputs() -> LayerInputs:
     return LayerInputs(hidden_STD, {})
 
 
-def correlated_moments(width: int) -> tuple[Moments, Tensor]:
-    """Return the moments of inputs x [T, K] that have loud channels and are correlated, and x in float64."""
+def correlated_gram(width: int) -> tuple[Tensor, Tensor]:
+    """Return the gram of inputs x [T, K] that have loud channels and are correlated, and x in float64."""
     x_TK = torch.randn(200, width) @ (torch.eye(width) + 0.3 * torch.randn(width, width))
     x_TK *= torch.exp(torch.randn(width))
-    return Moments(x_TK.T @ x_TK / len(x_TK), x_TK.abs().mean(0)), x_TK.double()
+    return x_TK.T @ x_TK / len(x_TK), x_TK.double()
 
 
 def explicit_loss(difference: Tensor, x_TK: Tensor) -> float:
@@ -82,27 +85,27 @@ def explicit_loss(difference: Tensor, x_TK: Tensor) -> float:
 
 
 def test_the_loss_of_moments_is_the_error_of_the_output() -> None:
-    seen, x_TK = correlated_moments(48)
+    gram, x_TK = correlated_gram(48)
     difference = torch.randn(10, 48)
-    assert seen.loss(difference) == pytest.approx(explicit_loss(difference, x_TK), rel=1e-4)
-    assert seen.loss(torch.zeros(10, 48)) == 0
+    assert mean_loss(difference, gram) == pytest.approx(explicit_loss(difference, x_TK), rel=1e-4)
+    assert mean_loss(torch.zeros(10, 48), gram) == 0
 
 
 def test_moments_are_those_of_the_inputs(layer: Layer, inputs: LayerInputs) -> None:
-    found = moments(layer, inputs, linears(layer))
+    found = Moments(layer, inputs, linears(layer))
     reference = copy.deepcopy(layer).double()
     x_TD = reference.norm(inputs.hidden_STD.double()).flatten(0, 1)
     middle_TK = F.silu(reference.mlp.gate(x_TD)) * reference.mlp.up(x_TD)
     for name, x_TK in {"mlp.gate": x_TD, "mlp.up": x_TD, "mlp.down": middle_TK}.items():
-        torch.testing.assert_close(found[name].gram.double(), x_TK.T @ x_TK / len(x_TK), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found[name].magnitude.double(), x_TK.abs().mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.gram(name).whole().double(), x_TK.T @ x_TK / len(x_TK), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.magnitude(name).double(), x_TK.abs().mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_linear_that_is_never_called_is_named(inputs: LayerInputs) -> None:
     layer = Layer().requires_grad_(False)
     layer.mlp.spare = nn.Linear(64, 64)
     with pytest.raises(ValueError, match=r"mlp\.spare: not called by any calibration sample"):
-        moments(layer, inputs, linears(layer))
+        Moments(layer, inputs, linears(layer))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -110,9 +113,9 @@ def test_a_linear_that_is_never_called_is_named(inputs: LayerInputs) -> None:
 @pytest.mark.parametrize("group_size", [32, 64, None])
 def test_clipping_is_never_worse_than_the_full_range(group_size: int | None, symmetric: bool, bits: int) -> None:
     grid = Grid(group_size, symmetric, bits=bits)
-    weight, (seen, x_TK) = torch.randn(24, 128), correlated_moments(128)
+    weight, (gram, x_TK) = torch.randn(24, 128), correlated_gram(128)
     weight[::3, ::31] *= 6
-    clipped, full = search_clip(weight, seen, grid, SETTINGS), minmax(weight, grid)
+    clipped, full = search_clip(weight, cut(gram, upper=True), grid, SETTINGS), minmax(weight, grid)
     for row in range(len(weight)):
         losses = [
             explicit_loss((fake_quantize(weight, found, grid) - weight)[row : row + 1], x_TK)
@@ -162,9 +165,9 @@ def all_losses(weight: Tensor, x_TK: Tensor, symmetric: bool, settings: AwqSetti
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clipping_of_one_group_finds_the_best_candidate(symmetric: bool) -> None:
-    weight, (seen, x_TK) = torch.randn(40, 32), correlated_moments(32)
+    weight, (gram, x_TK) = torch.randn(40, 32), correlated_gram(32)
     weight[::2, 5] *= 4
-    found = search_clip(weight, seen, Grid(32, symmetric), SETTINGS)
+    found = search_clip(weight, cut(gram, upper=True), Grid(32, symmetric), SETTINGS)
     loss = loss_by_row(weight.double(), found.scale[:, 0].double(), found.zero[:, 0].double(), x_TK)
     pairs, shared = all_losses(weight.double(), x_TK, symmetric, SETTINGS)
     best = pairs.amin(0)
@@ -203,9 +206,9 @@ def rounded_under(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
 @pytest.mark.parametrize("names", [("mlp.gate", "mlp.up"), ("mlp.down",)])
 def test_the_best_scale_is_the_best_of_all(layer: Layer, inputs: LayerInputs, names: tuple[str, ...]) -> None:
     group = next(group for group in find_scale_groups(layer, inputs, 16) if group.linears == names)
-    seen = moments(layer, inputs, linears(layer))[names[0]]
+    seen = Moments(layer, inputs, linears(layer))
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
-    found, label = search_scale(layer, group, inputs, seen, Grid(32, True), SETTINGS)
+    found, label = search_scale(layer, group, inputs, seen, Grid(32, True), SETTINGS.scale_points)
     after = layer.state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
@@ -219,7 +222,7 @@ def test_the_best_scale_is_the_best_of_all(layer: Layer, inputs: LayerInputs, na
             reference.get_parameter(f"{name}.weight").data = rounded_under(weight, scale, 32)
         return float((reference(hidden) - expected).square().sum())
 
-    scales = candidate_scales(list(weights.values()), seen.magnitude, SETTINGS.scale_points, 32)
+    scales = candidate_scales(list(weights.values()), seen.magnitude(names[0]), SETTINGS.scale_points, 32)
     losses = {name: loss(scale) for name, scale in scales.items()}
     assert loss(found.double()) <= min(losses.values()) * (1 + 1e-3)
     assert losses[label] <= min(losses.values()) * (1 + 1e-3)
@@ -235,8 +238,8 @@ def test_identity_is_among_the_candidates(layer: Layer, inputs: LayerInputs) -> 
         code[..., 0], code[..., 1] = 0, 15
         layer.get_parameter(f"{name}.weight").data = (code - 7).flatten(1) / 64
     group = find_scale_groups(layer, inputs, 16)[0]
-    seen = moments(layer, inputs, linears(layer))["mlp.gate"]
-    scale, label = search_scale(layer, group, inputs, seen, grid, SETTINGS)
+    seen = Moments(layer, inputs, linears(layer))
+    scale, label = search_scale(layer, group, inputs, seen, grid, SETTINGS.scale_points)
     assert group.linears == ("mlp.gate", "mlp.up")
     assert label == "identity"
     assert torch.equal(scale, torch.ones(64))
@@ -244,10 +247,10 @@ def test_identity_is_among_the_candidates(layer: Layer, inputs: LayerInputs) -> 
 
 def test_an_output_that_is_never_finite_is_an_error(layer: Layer, inputs: LayerInputs) -> None:
     group = ScaleGroup(("mlp.down",), "mlp.up", 0, torch.arange(96), "mlp.down")
-    seen = moments(layer, inputs, ["mlp.down"])["mlp.down"]
-    broken = Moments(seen.gram * float("nan"), seen.magnitude)
+    seen = Moments(layer, inputs, ["mlp.down"])
+    seen.gram("mlp.down").read(0, 0).mul_(float("nan"))
     with pytest.raises(ArithmeticError, match=r"mlp\.down: the output is not finite under any scale"):
-        search_scale(layer, group, inputs, broken, Grid(32, True), SETTINGS)
+        search_scale(layer, group, inputs, seen, Grid(32, True), SETTINGS.scale_points)
 
 
 def quantize(
@@ -273,10 +276,10 @@ def test_without_scales_and_clipping_it_is_round_to_nearest(layer: Layer, inputs
 def test_ranges_are_searched_under_the_damped_gram(layer: Layer, inputs: LayerInputs) -> None:
     grid = Grid(32, True)
     scaled, found = quantize(layer, inputs, grid, replace(SETTINGS, clip_damping=0.7))
-    seen = moments(scaled, inputs, linears(scaled))
+    seen = Moments(scaled, inputs, linears(scaled))
     for name, parameters in found.items():
-        gram = seen[name].gram
-        damped = Moments(gram + 0.7 * gram.diagonal().mean() * torch.eye(len(gram)), seen[name].magnitude)
+        gram = seen.gram(name).whole()
+        damped = cut(gram + 0.7 * gram.diagonal().mean() * torch.eye(len(gram)), upper=True)
         expected = search_clip(scaled.get_parameter(f"{name}.weight").data, damped, grid, SETTINGS)
         same = (parameters.scale == expected.scale).float().mean()
         assert same > 0.99, name  # the moments were scaled there, and are observed anew here
@@ -293,12 +296,13 @@ def test_a_quantized_layer_is_better_than_round_to_nearest(layer: Layer, inputs:
     reference = inputs.run(layer)
     torch.testing.assert_close(inputs.run(scaled), reference, rtol=1e-3, atol=1e-4)
 
-    seen = moments(scaled, inputs, linears(scaled))
+    seen = Moments(scaled, inputs, linears(scaled))
     rounded, nearest = copy.deepcopy(scaled), copy.deepcopy(layer)
     for name, parameters in found.items():
         weight = scaled.get_parameter(f"{name}.weight").data
         clipped, full = (fake_quantize(weight, p, grid) for p in (parameters, minmax(weight, grid)))
-        assert seen[name].loss(clipped - weight) <= seen[name].loss(full - weight) * (1 + 1e-3), name
+        gram = seen.gram(name).read(0, 0)
+        assert mean_loss(clipped - weight, gram) <= mean_loss(full - weight, gram) * (1 + 1e-3), name
         rounded.get_parameter(f"{name}.weight").data = clipped
         plain = layer.get_parameter(f"{name}.weight").data
         nearest.get_parameter(f"{name}.weight").data = fake_quantize(plain, minmax(plain, grid), grid)

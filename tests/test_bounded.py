@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import ResourceError
-from quant import gptq, gptq_cost, tiles
+from quant import gptq, groupwise, tiles
 from quant.awq import AwqSettings
 from quant.cost import Windows
 from quant.gptq import Gptq, GptqSettings, propagate, round_columns, round_in_place, round_weight
@@ -72,7 +72,7 @@ def test_chunks_of_rows_are_rounded_as_each_would_be_alone(monkeypatch: pytest.M
     x_TK = correlated_inputs(64)
     gram = gram_of(x_TK)
     hessian = Hessian.of(Statistics.of(gram, gram * 1.01), 0.1)
-    monkeypatch.setattr(gptq_cost, "_CHUNK_WEIGHTS", 64 * 64)
+    monkeypatch.setattr(groupwise, "_CHUNK_WEIGHTS", 64 * 64)
     found = weight.clone()
     parameters, kept = round_in_place(found, hessian, grid, SEARCH, 0.5)
     assert 0.5 <= kept <= 1

@@ -18,7 +18,8 @@ from quant.awq import AwqSettings, search_clip, search_clip_by_column
 from quant.gptq import Gptq, GptqSettings, propagate, round_columns, round_weight
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
 from quant.hessian import Hessian, Statistics, observe
-from quant.layer import LayerInputs, Moments, inputs_of, linears, moments
+from quant.layer import LayerInputs, inputs_of, linears
+from quant.moments import Moments
 from quant.scale_groups import sets_by_input
 from quant.tiles import cut
 from tests.test_awq import Layer, explicit_loss
@@ -98,7 +99,7 @@ def test_ranges_are_the_best_under_the_importance_of_columns(symmetric: bool) ->
     """Each group is searched as clipping alone would search it, if its inputs had the importance for a Gram matrix."""
     grid, weight, importance = Grid(32, symmetric), torch.randn(12, 96), torch.rand(96) ** 4
     found = search_clip_by_column(weight, importance, grid, SEARCH)
-    expected = search_clip(weight, Moments(torch.diag(importance), importance), grid, SEARCH)
+    expected = search_clip(weight, cut(torch.diag(importance), upper=True), grid, SEARCH)
     assert torch.equal(found.scale, expected.scale)
     assert torch.equal(found.zero, expected.zero)
     errors = [(fake_quantize(weight, p, grid) - weight).square() @ importance for p in (found, minmax(weight, grid))]
@@ -217,7 +218,7 @@ def test_observed_moments_are_those_of_both_models(layer: Layer) -> None:
     inputs, original = layer_inputs(), copy.deepcopy(layer)
     layer.mlp.gate.weight.data *= 1.1
     seen = observe(layer, inputs_of(original, inputs.original(), "mlp.down"), inputs, "mlp.down")
-    expected = moments(layer, inputs, ["mlp.down"])["mlp.down"].gram
+    expected = Moments(layer, inputs, ["mlp.down"]).gram("mlp.down").whole()
     torch.testing.assert_close(in_place_of(seen.gram.whole(), seen.order).float(), expected)
     x_TK = torch.cat(list(inputs_of(layer, inputs, "mlp.down"))).double()
     x0_TK = torch.cat(list(inputs_of(original, inputs.original(), "mlp.down"))).double()
@@ -230,19 +231,21 @@ def test_observed_moments_are_those_of_both_models(layer: Layer) -> None:
 @pytest.mark.parametrize("block", [7, 32, 96, 512])
 def test_moments_are_whole_however_grams_are_cut(layer: Layer, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut after each 7, say, of 64 and of 96 channels: neither is a multiple."""
-    monkeypatch.setattr("quant.layer._GRAM_BLOCK", block)
+    monkeypatch.setattr("quant.moments._GRAM_BLOCK", block)
     inputs = layer_inputs()
-    seen = moments(layer, inputs, list(linears(layer)))
-    for name, moment in seen.items():
+    seen = Moments(layer, inputs, list(linears(layer)))
+    for name in linears(layer):
+        gram = seen.gram(name).whole()
         x_TK = torch.cat(list(inputs_of(layer, inputs, name))).double()
-        torch.testing.assert_close(moment.gram.double(), x_TK.T @ x_TK / len(x_TK), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(moment.magnitude.double(), x_TK.abs().mean(0), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(moment.gram, moment.gram.T)
+        torch.testing.assert_close(gram.double(), x_TK.T @ x_TK / len(x_TK), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen.magnitude(name).double(), x_TK.abs().mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gram, gram.T)
 
 
 def test_moments_run_a_layer_no_further_than_the_last_linear(layer: Layer) -> None:
     layer.mlp.down.register_forward_hook(lambda *_: pytest.fail("ran on"))
-    assert set(moments(layer, layer_inputs(), list(linears(layer)))) == set(linears(layer))
+    seen = Moments(layer, layer_inputs(), list(linears(layer)))
+    assert [seen.gram(name).width for name in linears(layer)] == [64, 64, 96]
 
 
 def test_inputs_of_run_no_further_than_the_linear(layer: Layer) -> None:
