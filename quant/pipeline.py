@@ -83,13 +83,18 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         return
     windows, calibration = _calibration(method, options, plan)
     files: dict[str, bytes] = {}
+    runtime_bytes = None
     if windows is not None and widens:
         needed = footprint(plan, method, amount, widens).within(budget_bytes)
+        runtime_bytes = needed.runtime_bytes
         plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
         spill_to = _existing(output) if needed.statistics_spilled else None
         grids, measured = widen(plan.model, plan.source, plan.grids, windows, options.target_bits, spill_to)
         plan, files = with_grids(plan, grids), {SENSITIVITY_NAME: _json([asdict(each) for each in measured])}
-    needed = footprint(plan, method, amount, widens).within(budget_bytes)
+    needed = footprint(plan, method, amount)
+    if runtime_bytes is not None:  # what the allocator kept of the measuring is of the reserve
+        needed = replace(needed, runtime_bytes=runtime_bytes)
+    needed = needed.within(budget_bytes)
     _check_output(output, plan, needed)
     say(describe(plan, method.name, output, amount, needed))
     if options.kv is not None:
