@@ -45,17 +45,19 @@ class OnDisk:
 class Cost:
     """What one layer takes, besides its weights and a run of it: bytes at most, and operations in all, about.
 
-    on_disk: the same for methods that can put their statistics into files.
+    on_disk: the same for methods that can put their statistics into files. purpose: of the memory, in words.
     """
 
     memory_bytes: int
     operations: float
     on_disk: OnDisk | None = None
+    purpose: str = "statistics and searches"
 
     def after(self, before: "Cost") -> "Cost":
         """Return what two pieces of work take, one after the other; on disk only what both can put there."""
         both = None if self.on_disk is None or before.on_disk is None else self.on_disk.after(before.on_disk)
-        return Cost(max(self.memory_bytes, before.memory_bytes), self.operations + before.operations, both)
+        memory_bytes = max(self.memory_bytes, before.memory_bytes)
+        return Cost(memory_bytes, self.operations + before.operations, both, self.purpose)
 
     @classmethod
     def of_rounding(cls, shapes: list[Shape]) -> "Cost":

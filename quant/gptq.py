@@ -21,7 +21,7 @@ And AWQ's scales can go into the layer first, learned rounding (`quant/rounding.
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ class Gptq:
         )
         rounding_bytes = held_bytes + places_bytes + max(w.memory_bytes for w in works)
         cost = Cost(max(rounding_bytes, learn_bytes), operations, on_disk)
+        if settings.learn.steps:
+            cost = replace(cost, purpose="statistics and searches, or all places and gradients of learned rounding")
         return cost.after(Awq(settings.search).cost(shapes, grid, windows)) if settings.scale else cost
 
     def quantize_layer(

@@ -48,7 +48,7 @@ class Footprint:
     held while it is measured, before anything is quantized. original: a copy of the unquantized layer. kept: outputs of
     held-out samples, among the activations. on_disk: what the method needs with its statistics on disk, the inputs of
     the unquantized linears in the place of that copy; statistics_spilled: whether they are there, and what measuring
-    sensitivity makes as well, which is then sensitivity_on_disk.
+    sensitivity makes as well, which is then sensitivity_on_disk. purpose: what the method needs memory for, in words.
     """
 
     runtime_bytes: int
@@ -67,6 +67,7 @@ class Footprint:
     kept_bytes: int = 0
     on_disk: OnDisk | None = None
     statistics_spilled: bool = False
+    purpose: str = "statistics and searches"
 
     @property
     def peak_bytes(self) -> int:
@@ -139,7 +140,7 @@ class Footprint:
             ("embeddings or head, before or after the layers", self.around_bytes),
             ("the largest layer, in float32 and packed", self.layer_bytes),
             ("the same layer before it is quantized", self._original_bytes),
-            ("statistics and searches", self._method_bytes),
+            (self.purpose, self._method_bytes),
             ("activations", self.activation_bytes),
             ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
             ("measuring sensitivity, before that", self._sensitivity_bytes),
@@ -178,6 +179,7 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
         original_bytes=values * FLOAT_BYTES if method.needs_original else 0,
         kept_bytes=0 if windows is None else _held_out_samples(windows) * _sample_bytes(plan, windows),
         on_disk=_on_disk(plan, costs, windows),
+        purpose=costs[0].purpose,
     )
 
 
