@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kernels.packed import dequantize
@@ -18,7 +19,7 @@ from quant.awq import search_clip
 from quant.gptq import Gptq, GptqSettings
 from quant.groupwise import Grid, fake_quantize, minmax, pack_weight, round_to_nearest_, unpack_into
 from quant.kept_weights import KeptWeights
-from quant.layer import LayerInputs, linears
+from quant.layer import LayerInputs, inputs_of, linears
 from quant.moments import Moments, mean_loss
 from quant.preflight import Footprint
 from quant.scale_groups import find_scale_groups
@@ -102,25 +103,25 @@ def test_moments_made_of_a_recording_are_those_summed_up(tmp_path: Path) -> None
     layer, inputs = Layer().requires_grad_(False), LayerInputs(torch.randn(6, 16, 64), {})
     held = Moments(layer, inputs, list(linears(layer)))
     made = Moments(layer, replace(inputs, statistics_to=tmp_path), list(linears(layer)))
-    expected = torch.cat(list(gptq.inputs_of(layer, inputs, "mlp.down"))).double()
-    whole = held.gram("mlp.down").whole()
-    upper = (expected.T @ expected / len(expected)).float()
-    for row, column in held.gram("mlp.down").places():
-        part = slice(row * 32, row * 32 + 32), slice(column * 32, column * 32 + 32)
-        torch.testing.assert_close(whole[part], upper[part], rtol=1e-4, atol=1e-6)
+    x_TK = torch.cat(list(inputs_of(layer, inputs, "mlp.down"))).double()
+    assert upper_is(held.gram("mlp.down"), x_TK.T @ x_TK / len(x_TK))
     scale = torch.rand(96) + 0.5
     for damping in (0.0, 0.7):
         assert torch.equal(held.gram("mlp.down", damping).whole(), made.gram("mlp.down", damping).whole())
         for moments in (held, made):
             moments.divide(["mlp.down"], scale)
     assert torch.equal(held.magnitude("mlp.down"), made.magnitude("mlp.down"))
-    torch.testing.assert_close(held.magnitude("mlp.down"), expected.abs().mean(0).float() / scale)
-    scaled = torch.cat(list(gptq.inputs_of(layer, inputs, "mlp.down"))).double() / scale
-    gram = scaled.T @ scaled / len(scaled)
-    damped = gram + 0.7 * gram.diagonal().mean() * torch.eye(96)
-    found = held.gram("mlp.down", 0.7).diagonal().double()
-    torch.testing.assert_close(found, damped.diagonal(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(held.magnitude("mlp.down"), x_TK.abs().mean(0).float() / scale)
+    gram = (x_TK / scale).T @ (x_TK / scale) / len(x_TK)
+    assert upper_is(held.gram("mlp.down", 0.7), gram + 0.7 * gram.diagonal().mean() * torch.eye(96))
     assert not list(tmp_path.iterdir())
+
+
+def upper_is(found: tiles.Tiles, expected: Tensor) -> bool:
+    """Tell whether the upper tiles of a gram are those of a matrix in float64, nearly."""
+    assert found.count == 3
+    parts = [(found.read(i, j).double(), expected[found.span(i), found.span(j)]) for i, j in found.places()]
+    return all(torch.allclose(tile, part, rtol=1e-4, atol=1e-5) for tile, part in parts)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -235,7 +236,7 @@ from quant.awq import Awq, AwqSettings
 from quant.cost import Windows
 from quant.groupwise import Grid
 from quant.hidden_states import fill, new_states
-from quant.layer import LayerInputs, linears
+from quant.layer import LayerInputs, inputs_of, linears
 from tests.test_awq import Layer
 
 width, inner, directory = *map(int, sys.argv[1:3]), Path(sys.argv[3])
