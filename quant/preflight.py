@@ -1,7 +1,8 @@
 """What a run takes, said before it starts: memory at its peak, disk, time, and where the result will load.
 
 Memory is the process's own, with Python and the libraries in it, and the code of these. Every figure is an upper bound
-from shapes alone; `--cpu-memory` is kept by putting hidden states on disk, then statistics, and by refusing what would not fit even so.
+from shapes alone; `--cpu-memory` is kept by putting hidden states on disk, then statistics as well, and by refusing
+what would not fit even so.
 """
 
 import time

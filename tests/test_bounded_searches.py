@@ -227,30 +227,37 @@ def test_70_billion_parameters_are_searched_in_one_layer_and_its_activations(
 
 ALONE = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 import torch
+from torch import nn
 from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes
 from quant import groupwise, tiles
 from quant.awq import Awq, AwqSettings
 from quant.cost import Windows
+from quant.gptq import Gptq, GptqSettings
 from quant.groupwise import Grid
 from quant.hidden_states import fill, new_states
-from quant.layer import LayerInputs, inputs_of, linears
+from quant.layer import LayerInputs, linears
 from tests.test_awq import Layer
 
-width, inner, directory = *map(int, sys.argv[1:3]), Path(sys.argv[3])
+kind, directory = sys.argv[1], Path(sys.argv[2])
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)
 give_memory_back_at_once()
-method, grid = Awq(AwqSettings(scale_points=4)), Grid(64, False)
+searching, fast = Awq(AwqSettings(scale_points=4)), Gptq(GptqSettings(sequential=False, propagation=0.0))
+method, grid = searching if kind == "gated" else fast, Grid(64, False)
 
 
-def work(width, inner):
+class Experts(nn.ModuleList):
+    def forward(self, x):
+        return sum(linear(x.roll(shift, -1)) for shift, linear in enumerate(self))
+
+
+def work(layer, width):
     global before, reached, shapes
-    layer = Layer(width, inner).requires_grad_(False)
+    layer.requires_grad_(False)
     shapes = [tuple(linear.weight.shape) for linear in linears(layer).values()]
-    states = fill(new_states(8, torch.empty(1, 512, width), directory), torch.randn(8, 512, width).split(1))
+    states = fill(new_states(8, torch.empty(1, 128, width), directory), torch.randn(8, 128, width).split(1))
     before = own_memory_bytes()
     reached = peak_memory_bytes() - before
     grids = dict.fromkeys(linears(layer), grid)
@@ -258,18 +265,23 @@ def work(width, inner):
 
 
 tiles.TILE, groupwise._CHUNK_WEIGHTS = 512, 1 << 18
-work(64, 640)  # maps the code
-work(width, inner)
-cost = method.cost(shapes, grid, Windows(8, 512))
-batch_bytes = 4 * 512 * sum(k + 2 * n for n, k in shapes)
+work(Layer(64, 640), 64)  # maps the code
+if kind == "gated":
+    work(Layer(1152, 4096), 1152)
+else:
+    work(Experts(nn.Linear(512, 64) for _ in range(64)), 512)
+cost = method.cost(shapes, grid, Windows(8, 128))
+batch_bytes = 4 * 128 * sum(k + 2 * n for n, k in shapes)
 said = max(batch_bytes + cost.on_disk.observing_bytes, cost.on_disk.working_bytes)
 print(said, peak_memory_bytes() - before - reached, cost.memory_bytes)
 """
 
 
-def test_searches_with_all_on_disk_stay_within_the_plan(tmp_path: Path) -> None:
-    """What a batch of one sample takes is added; weights of 36 MiB are tried in the place of others."""
-    command = [sys.executable, "-c", ALONE, "1152", "4096", str(tmp_path)]
+@pytest.mark.parametrize("kind", ["gated", "experts"])
+def test_searches_with_all_on_disk_stay_within_the_plan(kind: str, tmp_path: Path) -> None:
+    """A gated layer by AWQ, where weights of 36 MiB are tried in the place of others; 64 narrow experts by GPTQ's fast
+    tier, with grams of 64 MiB. What a batch of one sample takes is added."""
+    command = [sys.executable, "-c", ALONE, kind, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, taken, in_memory = map(int, done.stdout.split())
