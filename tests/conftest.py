@@ -1,5 +1,6 @@
 """A tiny model with a tokenizer, made from a seed, and checkpoints of it; options and marks."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background would inherit an ignored one
 torch.set_num_threads(1)  # tiny models: two threads that wait for each other are slower, by far on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and commands in processes of their own
 
 CALIBRATION_TEXT = "The quick brown fox jumps over the lazy dog, and the dog, being lazy, lets it. " * 60
 
@@ -34,6 +36,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="measures the real model: --run-slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """A collection of garbage then looks at what tests have made, not each time at every object that imports left."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries find their objects freed at the end, and do not complain."""
+    gc.unfreeze()
 
 
 def kernel_class() -> str:

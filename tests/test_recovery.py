@@ -88,7 +88,11 @@ def check_memory(model: PreTrainedModel, device: FakeDevice) -> None:
     ("name", "nth", "stride"),
     [
         ("resident", 3, 6),
-        *(pytest.param(name, nth, 1, marks=pytest.mark.slow) for name in STARTS for nth in (1, 3)),
+        *(
+            pytest.param(name, nth, 1, marks=[pytest.mark.slow, pytest.mark.timeout(300)])
+            for name in STARTS
+            for nth in (1, 3)
+        ),
     ],
 )
 def test_a_pass_that_finds_no_memory_at_any_module_is_run_again_with_fewer_layers(
