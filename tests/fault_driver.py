@@ -41,6 +41,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in (*COMMANDS, "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
+    limit = importlib.import_module("offload.limit")
+    limit._DISK_SECONDS = limit._TIMED_SECONDS = 0.05  # of a second that a run would otherwise measure for
+    limit._MEMORY_BYTES = 16 << 20
     answers = os.fdopen(os.dup(1), "w")  # a step that runs here has the descriptor 1 for itself
     for line in sys.stdin:
         job = json.loads(line)
