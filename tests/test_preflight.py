@@ -184,8 +184,8 @@ said = io.StringIO()
 with contextlib.redirect_stderr(said):
     assert main([*sys.argv[1:], "--cpu-memory", "1MiB"]) == 4
 smallest = int(re.search(r"at least (\\d+) MiB is needed", said.getvalue())[1])
-assert main([*sys.argv[1:], "--cpu-memory", f"{{smallest + 2}}MiB", "--json"]) == 0
-print(smallest + 2)
+assert main([*sys.argv[1:], "--cpu-memory", f"{{smallest + {room_mib}}}MiB", "--json"]) == 0
+print(smallest + {room_mib})
 """
 
 
@@ -204,7 +204,7 @@ def test_the_whole_process_stays_within_the_plan(
     """A model so small that nearly all of it is Python and libraries, within the smallest budget and 2 MiB."""
     flags = [] if method == "rtn" else ["--calibration", str(calibration_text), *FEW]
     arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), *flags, *more]
-    command = [sys.executable, "-c", TWICE.format(method=method), *arguments]
+    command = [sys.executable, "-c", TWICE.format(method=method, room_mib=2), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result, budget_mib = done.stdout.splitlines()

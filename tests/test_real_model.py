@@ -19,17 +19,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from eval.likelihood import Protocol, measure
 from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
+from offload.command import parse_bytes
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
 from offload.planning.needs import CODE_BYTES
 from offload.source import _embedded_gguf, resolve_model
 from offload.text import load_text, tokenize
+from tests.test_preflight import TWICE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parent.parent
 BUDGET_BYTES = 540 << 20
-QUANTIZATION_BUDGETS = {"rtn": 600 << 20, "awq": 900 << 20}
+FEW = ("--num-samples", "32", "--seq-len", "128")
+"""An eighth of the tokens that are the default: what is promised here holds on these, too, and is not held less."""
+
+QUANTIZATIONS = {"rtn": ("--cpu-memory", "600MiB"), "awq": ("--cpu-memory", "840MiB", *FEW, "--set", "scale_points=8")}
 
 
 def run(module: str, *flags: str, before: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -71,23 +76,34 @@ def memory_limited_group(limit_bytes: int) -> Iterator[Callable[[], None] | None
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What `quant.rtn` and `quant.awq` make of the embedded model, each within a budget for the whole process."""
     base = tmp_path_factory.mktemp("checkpoints")
-    for method, budget_bytes in QUANTIZATION_BUDGETS.items():
-        result = run(f"quant.{method}", "--output", str(base / method), "--cpu-memory", str(budget_bytes))
-        assert result["peak_memory_bytes"] <= budget_bytes
-    return {method: base / method for method in QUANTIZATION_BUDGETS}
+    for method, flags in QUANTIZATIONS.items():
+        result = run(f"quant.{method}", "--output", str(base / method), *flags)
+        assert result["peak_memory_bytes"] <= parse_bytes(flags[1], flags[0])
+    return {method: base / method for method in QUANTIZATIONS}
 
 
 def test_awq_loses_at_most_six_tenths_of_what_rounding_loses(checkpoints: dict[str, Path]) -> None:
-    flags = ("--limit-windows", "4", "--baseline")
+    flags = ("--window", "1024", "--limit-windows", "2", "--baseline")
     rise = {name: run("eval.ppl", "--model", str(path), *flags)["nll_rise"] for name, path in checkpoints.items()}
     assert 0 < rise["awq"] <= 0.6 * rise["rtn"]
 
 
 def test_gptq_stays_within_the_budget_of_the_whole_process(tmp_path: Path) -> None:
-    """So small a budget that the hidden states go to disk; how many there are changes nothing else."""
-    flags = ("--output", str(tmp_path / "out"), "--num-samples", "24", "--asymmetric", "--group-size", "64")
-    result = run("quant.gptq", *flags, "--cpu-memory", "840MiB")
-    assert result["peak_memory_bytes"] <= 840 << 20
+    """Little more than the smallest, so that states and statistics go to disk; the first layers, as all are alike.
+
+    Refused first in the same process: how much memory imports take differs from one process to the next by 50 MiB.
+    """
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(None), num_hidden_layers=8, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(resolve_model(None)).save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *FEW, "--asymmetric"]
+    command = [sys.executable, "-c", TWICE.format(method="gptq", room_mib=20), *flags, "--group-size", "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "hidden states take 27.0 MiB, on the disk of" in done.stderr
+    assert "statistics of a layer take" in done.stderr
+    result, budget_mib = done.stdout.splitlines()
+    assert json.loads(result)["peak_memory_bytes"] <= int(budget_mib) << 20
 
 
 def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]) -> None:
