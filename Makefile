@@ -36,4 +36,4 @@ compatibility: setup
 	.ci/compatibility
 
 slow: setup
-	$(BIN)/python -m pytest -q --run-slow -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --run-slow -m slow
