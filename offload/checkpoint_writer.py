@@ -246,6 +246,18 @@ def _prepare(directory: Path, recipe: Recipe, overwrite: bool) -> None:
         write_durably(partial / "recipe.json", _json_bytes(recipe.to_json()))
 
 
+def recipe_in(directory: Path) -> dict[str, Any] | None:
+    """Return the recipe of the finished checkpoint or of the unfinished run in `directory`, as JSON has it, or None.
+
+    Raises CheckpointError if a file that should hold it cannot be read.
+    """
+    manifest, unfinished = directory / MANIFEST_NAME, directory / PARTIAL_NAME / "recipe.json"
+    found = read_json(manifest).get("recipe") if manifest.exists() else None
+    if found is None and unfinished.exists():
+        found = read_json(unfinished)
+    return found if isinstance(found, dict) else None
+
+
 def _refuse_foreign(directory: Path, entries: set[str]) -> None:
     if entries:
         some = ", ".join(sorted(entries)[:3])

@@ -55,6 +55,7 @@ class Awq:
     name = "awq"
     needs_inputs = True
     needs_original = False
+    pass_dtype = torch.float32
 
     def __init__(self, settings: AwqSettings) -> None:
         self.settings = settings

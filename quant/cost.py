@@ -46,18 +46,25 @@ class Cost:
     """What one layer takes, besides its weights and a run of it: bytes at most, and operations in all, about.
 
     on_disk: the same for methods that can put their statistics into files. purpose: of the memory, in words.
+    pass_operations: those among the operations that are done in the dtype of passes.
     """
 
     memory_bytes: int
     operations: float
     on_disk: OnDisk | None = None
     purpose: str = "statistics and searches"
+    pass_operations: float = 0.0
 
     def after(self, before: "Cost") -> "Cost":
         """Return what two pieces of work take, one after the other; on disk only what both can put there."""
         both = None if self.on_disk is None or before.on_disk is None else self.on_disk.after(before.on_disk)
-        memory_bytes = max(self.memory_bytes, before.memory_bytes)
-        return Cost(memory_bytes, self.operations + before.operations, both, self.purpose)
+        return Cost(
+            max(self.memory_bytes, before.memory_bytes),
+            self.operations + before.operations,
+            both,
+            self.purpose,
+            self.pass_operations + before.pass_operations,
+        )
 
     @classmethod
     def of_rounding(cls, shapes: list[Shape]) -> "Cost":

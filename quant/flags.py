@@ -76,7 +76,10 @@ def with_changes(settings: Settings, changes: Iterable[str]) -> Settings:
         wanted = type(known[name])
         if not (type(value) is wanted or (wanted is float and type(value) is int)):
             raise UsageError(f"--set {change!r}: expected a value like {json.dumps(known[name])}")
-        settings = _replaced(settings, name.split("."), wanted(value))
+        try:
+            settings = _replaced(settings, name.split("."), wanted(value))
+        except ValueError as error:
+            raise UsageError(f"--set {change!r}: {error}") from None
     return settings
 
 

@@ -36,6 +36,7 @@ from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax,
 from quant.hessian import Hessian, Statistics, observe, observed, record
 from quant.layer import LayerInputs, UnreachedError, inputs_of
 from quant.moments import Moments
+from quant.pass_dtype import AUTO, PASS_DTYPES, check_pass_dtype
 from quant.rounding import LearningSettings, Places, learn_rounding, learning_bytes, learning_operations
 from quant.scale_groups import sets_by_input
 from quant.tiles import times, times_squared_
@@ -57,6 +58,8 @@ class GptqSettings:
     any is rounded, which one pass shows.
     propagation: the share of the error of the inputs that the weights make up for, 0 if not sequential.
     scale: AWQ's scales first. search: how finely scales and ranges are searched. learn: rounding learned afterwards.
+    pass_dtype: in which linears multiply when layers are run: "float32", "bfloat16", or "auto" until that is chosen.
+    Raises ValueError for another.
     """
 
     damping: float = 0.1
@@ -65,6 +68,10 @@ class GptqSettings:
     scale: bool = False
     search: AwqSettings = field(default_factory=AwqSettings)
     learn: LearningSettings = field(default_factory=LearningSettings)
+    pass_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_pass_dtype(self.pass_dtype)
 
 
 class Gptq:
@@ -74,7 +81,7 @@ class Gptq:
     needs_inputs = True
 
     def __init__(self, settings: GptqSettings) -> None:
-        self.settings = settings
+        self.settings, self.pass_dtype = settings, PASS_DTYPES[settings.pass_dtype]
         self._propagates = settings.sequential and settings.propagation > 0
         self.needs_original = self._propagates or settings.learn.steps > 0
 
@@ -107,7 +114,7 @@ class Gptq:
             traffic_bytes=sum(w.traffic_bytes for w in works),
         )
         rounding_bytes = held_bytes + places_bytes + max(w.memory_bytes for w in works)
-        cost = Cost(max(rounding_bytes, learn_bytes), operations, on_disk)
+        cost = Cost(max(rounding_bytes, learn_bytes), operations, on_disk, pass_operations=passes)
         if settings.learn.steps:
             cost = replace(cost, purpose="statistics and searches, or all places and gradients of learned rounding")
         return cost.after(Awq(settings.search).cost(shapes, grid, windows)) if settings.scale else cost
@@ -284,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     from quant.pipeline import run_method
 
-    fast, slow = GptqSettings(sequential=False, propagation=0.0), GptqSettings(learn=LearningSettings(steps=100))
+    fast = GptqSettings(sequential=False, propagation=0.0, pass_dtype=AUTO)
+    slow = GptqSettings(learn=LearningSettings(steps=100))
     tiers = {"best": GptqSettings(), "fast": fast, "slow": slow}
     return run_method("gptq", Gptq, argv, tiers)
 

@@ -6,10 +6,12 @@ Axes: S samples, T tokens, D hidden, K inputs of a linear, N its outputs.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.hidden_states import HiddenStates
@@ -22,7 +24,8 @@ class LayerInputs:
     hidden_STD: float32 [S, T, D], in memory or not. arguments: keyword arguments of the layer's forward, for a batch
     of one. batch_samples: how many samples go through at a time. original_STD: what the hidden states are before any
     layer is quantized, for methods that ask for it, and target_STD what the unquantized layer makes of that.
-    statistics_to: a directory for what a method knows of them, where memory has no room for it.
+    statistics_to: a directory for what a method knows of them, where memory has no room for it. pass_dtype: in which
+    the layer's linears multiply, float32 or bfloat16.
     """
 
     hidden_STD: HiddenStates
@@ -31,6 +34,7 @@ class LayerInputs:
     original_STD: HiddenStates | None = None
     target_STD: HiddenStates | None = None
     statistics_to: Path | None = None
+    pass_dtype: torch.dtype = torch.float32
 
     def select(self, samples: slice) -> "LayerInputs":
         """Return the same inputs for some of the samples; a view."""
@@ -41,7 +45,7 @@ class LayerInputs:
     def original(self) -> "LayerInputs":
         """Return the unquantized model's inputs; where they are not kept, these."""
         hidden_STD = self.hidden_STD if self.original_STD is None else self.original_STD
-        return LayerInputs(hidden_STD, self.arguments, self.batch_samples)
+        return LayerInputs(hidden_STD, self.arguments, self.batch_samples, pass_dtype=self.pass_dtype)
 
     def split_held_out(self, share: int) -> tuple["LayerInputs", "LayerInputs"]:
         """Split off the last 1/`share` of the samples, at least one; a single sample is both parts."""
@@ -51,9 +55,10 @@ class LayerInputs:
 
     def outputs(self, layer: nn.Module) -> Iterator[Tensor]:
         """Yield the layer's hidden states, float32 [batch, T, D], batch after batch."""
-        for batch_BTD in self.hidden_STD.split(self.batch_samples):
-            output = layer(batch_BTD, **self.arguments)
-            yield output[0] if isinstance(output, tuple) else output
+        with multiplying_in(layer, self.pass_dtype):
+            for batch_BTD in self.hidden_STD.split(self.batch_samples):
+                output = layer(batch_BTD, **self.arguments)
+                yield output[0] if isinstance(output, tuple) else output
 
     def run(self, layer: nn.Module) -> Tensor:
         """Return the layer's hidden states of all samples, float32 [S, T, D]."""
@@ -63,6 +68,28 @@ class LayerInputs:
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers inside, by their name within the layer, in the module's order."""
     return {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+
+
+@contextmanager
+def multiplying_in(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let the linears of `layer` multiply in `dtype` while the context lasts.
+
+    What goes into them and comes out stays float32, and with that norms, attention and the sum that runs through the
+    layers. One weight at a time is there in `dtype`: to round it for every batch of 512 tokens costs 3% of the product.
+    """
+    narrowed = [] if dtype == torch.float32 else linears(layer).values()
+    for module in narrowed:
+        module.__dict__["forward"] = partial(_multiply, module.weight, module.bias, dtype)
+    try:
+        yield
+    finally:
+        for module in narrowed:
+            del module.__dict__["forward"]
+
+
+def _multiply(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
+    product = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+    return product if bias is None else product.add_(bias)
 
 
 def shared_inputs(
@@ -87,7 +114,7 @@ def shared_inputs(
         if met == expected:
             raise _Reached(x)
 
-    with observed_inputs(layer, names, observe):
+    with multiplying_in(layer, inputs.pass_dtype), observed_inputs(layer, names, observe):
         for batch_BTD in inputs.hidden_STD.split(inputs.batch_samples):
             with suppress(_Reached):
                 layer(batch_BTD, **inputs.arguments)
@@ -119,7 +146,7 @@ def inputs_of(layer: nn.Module, inputs: LayerInputs, name: str) -> Iterator[Tens
     def reach(_: str, x: Tensor) -> None:
         raise _Reached(x)
 
-    with observed_inputs(layer, (name,), reach):
+    with multiplying_in(layer, inputs.pass_dtype), observed_inputs(layer, (name,), reach):
         for batch_BTD in inputs.hidden_STD.split(inputs.batch_samples):
             x = batch_BTD.new_zeros(0, in_features)
             try:

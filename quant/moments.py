@@ -33,9 +33,9 @@ class Sums:
         self.gram = Tiles(width, upper=True, dtype=torch.float32)
         self.parts = no_sums(self.gram, list(self.gram.places()))
 
-    def add(self, x_TK: Tensor) -> None:
-        """Add a batch."""
-        add_products(self.parts, self.gram, x_TK)
+    def add(self, x_TK: Tensor, dtype: torch.dtype) -> None:
+        """Add a batch, multiplied in a dtype."""
+        add_products(self.parts, self.gram, x_TK.to(dtype))
         self.magnitude += x_TK.abs().sum(0)
         self.tokens += len(x_TK)
 
@@ -52,14 +52,25 @@ def add_products(sums: dict[Place, Tensor], gram: Tiles, x_TK: Tensor) -> None:
         if i == j:
             add_gram(total, x_TK[:, gram.span(i)])
         else:
-            total.addmm_(x_TK[:, gram.span(i)].T, x_TK[:, gram.span(j)])
+            add_product(total, x_TK[:, gram.span(i)].T, x_TK[:, gram.span(j)])
 
 
 def add_gram(gram: Tensor, x_TK: Tensor) -> None:
     """Add x^T x to a gram [K, K], in blocks on and above its diagonal alone, as `mirror` makes up for the others."""
     for start in range(0, len(gram), _GRAM_BLOCK):
         columns = slice(start, start + _GRAM_BLOCK)
-        gram[columns, start:].addmm_(x_TK[:, columns].T, x_TK[:, start:])
+        add_product(gram[columns, start:], x_TK[:, columns].T, x_TK[:, start:])
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 total, in place.
+
+    a, b: float32, or bfloat16, whose products come rounded to that; sums of many batches hardly notice.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def mirror(gram: Tensor) -> Tensor:
@@ -78,7 +89,7 @@ class Moments:
     """
 
     def __init__(self, layer: nn.Module, inputs: LayerInputs, names: Iterable[str]) -> None:
-        self._directory = inputs.statistics_to
+        self._directory, self._dtype = inputs.statistics_to, inputs.pass_dtype
         self._sums: dict[str, Sums] = {}
         self._recordings: dict[str, Recording] = {}
         self._magnitudes: dict[str, Tensor] = {}
@@ -96,7 +107,7 @@ class Moments:
     def _sum(self, name: str, x_TK: Tensor) -> None:
         if name not in self._sums:
             self._sums[name] = Sums(x_TK.shape[1])
-        self._sums[name].add(x_TK)
+        self._sums[name].add(x_TK, self._dtype)
 
     def _record(self, name: str, x_TK: Tensor) -> None:
         if name not in self._recordings:
@@ -139,7 +150,7 @@ class Moments:
         for start in range(0, len(places), READ_TILES):
             sums = no_sums(gram, places[start : start + READ_TILES])
             for x_TK in recording:
-                add_products(sums, gram, x_TK)
+                add_products(sums, gram, x_TK.to(self._dtype))
             for place in list(sums):
                 gram.write(*place, _mean(sums.pop(place), place[0] == place[1], tokens))
         return gram

@@ -32,6 +32,7 @@ from quant.cost import Windows
 from quant.flags import method_parser, with_changes
 from quant.kv import calibrate as calibrate_cache
 from quant.model_card import model_card
+from quant.pass_dtype import AUTO, PASS_DTYPES, settled
 from quant.plan import Plan, make_plan, with_grids
 from quant.preflight import Footprint, describe, footprint, smallest_memory
 from quant.sensitivity import average_bits, widen
@@ -49,35 +50,45 @@ def run_method(name: str, make: Callable[[Any], Method], argv: list[str] | None,
     def command(arguments: list[str]) -> None:
         default = next(iter(tiers))
         parser = method_parser(name, make(tiers[default]).needs_inputs)
-        parser.set_defaults(tier=default, set=[])
+        parser.set_defaults(tier=default, set=[], pass_dtype=None)
         if len(tiers) > 1:
             parser.add_argument("--tier", choices=list(tiers), default=default, help="how much work to spend")
         if tiers[default] is not None:
             parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="change a setting; repeatable")
+        if hasattr(tiers[default], "pass_dtype"):
+            choices = [AUTO, *PASS_DTYPES]
+            parser.add_argument("--pass-dtype", choices=choices, help="what linears multiply in; default: the tier's")
         options = parser.parse_args(arguments)
-        quantize(make(with_changes(tiers[options.tier], options.set)), options)
+        settings = with_changes(tiers[options.tier], options.set)
+        if options.pass_dtype is not None:
+            settings = replace(settings, pass_dtype=options.pass_dtype)
+        quantize(name, lambda output: make(settled(settings, output, options)), options)
 
     return run(command, argv)
 
 
 @torch.no_grad()
-def quantize(method: Method, options: argparse.Namespace) -> None:
-    """Plan, calibrate, write and report. Raises ToolkitError for whatever the user can mend."""
+def quantize(kind: str, make: Callable[[Path], Method], options: argparse.Namespace) -> None:
+    """Plan, calibrate, write and report. Raises ToolkitError for whatever the user can mend.
+
+    kind: the method's name. make: makes it, knowing the directory that will be written.
+    """
     started = time.monotonic()
     budget_bytes = None if options.cpu_memory is None else parse_bytes(options.cpu_memory, "--cpu-memory")
     if budget_bytes is not None:
         give_memory_back_at_once()
         trim_memory()
     plan = make_plan(options)
-    name = f"{plan.name}-{method.name}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
+    name = f"{plan.name}-{kind}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
     name += "" if options.target_bits is None else f"-{options.target_bits:g}bits"
     output: Path = options.output or Path("checkpoints") / name
+    method = make(output)
     amount = Windows(options.num_samples, options.seq_len) if method.needs_inputs else None
     widens = options.target_bits is not None and amount is not None
     if options.plan:
         needed = footprint(plan, method, amount, widens)
         needed = replace(needed, runtime_bytes=needed.runtime_bytes + (_TEXT_BYTES if amount else 0))
-        print(describe(plan, method.name, output, amount, needed.within(budget_bytes)))
+        print(describe(plan, method, output, amount, needed.within(budget_bytes)))
         if options.kv is not None:
             print(_describe_cache(plan, options, budget_bytes))
         return
@@ -96,7 +107,7 @@ def quantize(method: Method, options: argparse.Namespace) -> None:
         needed = replace(needed, runtime_bytes=runtime_bytes)
     needed = needed.within(budget_bytes)
     _check_output(output, plan, needed)
-    say(describe(plan, method.name, output, amount, needed))
+    say(describe(plan, method, output, amount, needed))
     if options.kv is not None:
         say(_describe_cache(plan, options, budget_bytes))
     recipe = Recipe(

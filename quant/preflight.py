@@ -46,10 +46,11 @@ class Footprint:
     activations: of the samples that run at once. states: hidden states of all samples. output: the checkpoint.
     spilled: whether the states are on disk. seconds: about. reached: the most that the process has had already, as
     importing libraries that were just installed maps more of their code than running them needs. sensitivity: what is
-    held while it is measured, before anything is quantized. original: a copy of the unquantized layer. kept: outputs of
-    held-out samples, among the activations. on_disk: what the method needs with its statistics on disk, the inputs of
-    the unquantized linears in the place of that copy; statistics_spilled: whether they are there, and what measuring
-    sensitivity makes as well, which is then sensitivity_on_disk. purpose: what the method needs memory for, in words.
+    held while it is measured, before anything is quantized. original: a copy of the unquantized layer. narrow: the
+    largest weight in the dtype of passes, where that is not float32. kept: outputs of held-out samples, among the
+    activations. on_disk: what the method needs with its statistics on disk, the inputs of the unquantized linears in
+    the place of that copy; statistics_spilled: whether they are there, and what measuring sensitivity makes as well,
+    which is then sensitivity_on_disk. purpose: what the method needs memory for, in words.
     """
 
     runtime_bytes: int
@@ -65,6 +66,7 @@ class Footprint:
     sensitivity_bytes: int = 0
     sensitivity_on_disk_bytes: int = 0
     original_bytes: int = 0
+    narrow_bytes: int = 0
     kept_bytes: int = 0
     on_disk: OnDisk | None = None
     statistics_spilled: bool = False
@@ -73,7 +75,8 @@ class Footprint:
     @property
     def peak_bytes(self) -> int:
         """The most memory that the process will have."""
-        at_layer = self.layer_bytes + self._original_bytes + self._method_bytes + self.activation_bytes
+        layer_bytes = self.layer_bytes + self._original_bytes + self.narrow_bytes
+        at_layer = layer_bytes + self._method_bytes + self.activation_bytes
         at_work = max(self.around_bytes, at_layer)
         at_work = max(at_work + (0 if self.spilled else self.states_bytes), self._sensitivity_bytes)
         planned = self.runtime_bytes + _RESERVE_BYTES + at_work
@@ -141,6 +144,7 @@ class Footprint:
             ("embeddings or head, before or after the layers", self.around_bytes),
             ("the largest layer, in float32 and packed", self.layer_bytes),
             ("the same layer before it is quantized", self._original_bytes),
+            ("the largest weight as passes multiply it", self.narrow_bytes),
             (self.purpose, self._method_bytes),
             ("activations", self.activation_bytes),
             ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
@@ -157,13 +161,16 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
     shapes = [[(x.out_features, x.in_features) for x in linears(layer).values()] for layer in layers]
     costs = [method.cost(layer_shapes, plan.grid, windows) for layer_shapes in shapes]
     values = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    operations, sensitivity = sum(cost.operations for cost in costs), (0, 0)
+    operations, sensitivity = sum(cost.operations - cost.pass_operations for cost in costs), (0, 0)
+    pass_operations = sum(cost.pass_operations for cost in costs)
+    narrow = 0 if method.pass_dtype == torch.float32 else method.pass_dtype.itemsize
     activations = 0 if windows is None else max(_activation_bytes(plan, layer, windows) for layer in layers)
     if windows is not None and widens:
         measuring = [measuring_cost(layer_shapes, plan.grid, windows, plan.hidden_size) for layer_shapes in shapes]
         operations += sum(cost.operations for cost in measuring)
         sensitivity = _sensitivity(measuring, values * FLOAT_BYTES, activations, _around_bytes(plan, windows))
-    seconds = operations / _operations_per_second()
+    seconds = operations / _operations_per_second(torch.float32)
+    seconds += pass_operations / _operations_per_second(method.pass_dtype) if pass_operations else 0.0
     trim_memory()
     return Footprint(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
@@ -178,6 +185,7 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
         sensitivity_bytes=sensitivity[0],
         sensitivity_on_disk_bytes=sensitivity[1],
         original_bytes=values * FLOAT_BYTES if method.needs_original else 0,
+        narrow_bytes=narrow * max(n * k for layer_shapes in shapes for n, k in layer_shapes),
         kept_bytes=0 if windows is None else _held_out_samples(windows) * _sample_bytes(plan, windows),
         on_disk=_on_disk(plan, costs, windows),
         purpose=costs[0].purpose,
@@ -260,9 +268,9 @@ def _share_of_tokens(plan: Plan, layer: nn.Module, name: str) -> float:
     return 1.0 if experts is None else min(1.0, plan.experts_per_token / experts)
 
 
-def _operations_per_second() -> float:
-    """Measure float32 products on this machine, for a twentieth of a second."""
-    a = torch.randn(768, 768)
+def _operations_per_second(dtype: torch.dtype) -> float:
+    """Measure products on this machine, for a twentieth of a second."""
+    a = torch.randn(768, 768, dtype=dtype)
     a @ a
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 0.05:
@@ -271,7 +279,7 @@ def _operations_per_second() -> float:
     return float(2 * count * 768**3 / (time.perf_counter() - started))
 
 
-def describe(plan: Plan, method: str, output: Path, windows: Windows | None, needed: Footprint) -> str:
+def describe(plan: Plan, method: Method, output: Path, windows: Windows | None, needed: Footprint) -> str:
     """Return what will be done, what will not, and what it takes, as lines for the person who waits."""
     _, layers = decoder_layers(plan.model)
     grid = plan.grid
@@ -282,7 +290,7 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
     widths = [f"widths   {wide} linears in 8 bits; {average:.3f} bits a weight, all counted"] if wide else []
     lines = [
         f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}",
-        f"method   {method}, {kind}, {size}; {len(plan.grids)} linears, left alone: {len(plan.skipped)}",
+        f"method   {method.name}, {kind}, {size}; {len(plan.grids)} linears, left alone: {len(plan.skipped)}",
         *widths,
         *(f"         left as it is, no linear: {what}" for what in plan.others),
     ]
@@ -292,6 +300,8 @@ def describe(plan: Plan, method: str, output: Path, windows: Windows | None, nee
         lines.append(f"data     {windows.samples} windows of {windows.tokens} tokens; {states}")
     if needed.statistics_spilled:
         lines.append(f"         statistics of a layer take {format_bytes(needed.statistics_file_bytes)} there as well")
+    if windows is not None:
+        lines.append(f"passes   through the layers in {str(method.pass_dtype).removeprefix('torch.')}")
     lines.append(f"memory   at most {format_bytes(needed.peak_bytes)} for the whole process")
     lines += [f"  {format_bytes(part):>12}  {what}" for what, part in needed.parts() if part]
     if needed.smallest().peak_bytes < needed.peak_bytes:

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from quant.cost import Cost, Shape, Windows
@@ -16,6 +17,7 @@ class Rtn:
     name = "rtn"
     needs_inputs = False
     needs_original = False
+    pass_dtype = torch.float32
 
     def __init__(self, settings: None = None) -> None:
         """Take no settings: there are none."""

@@ -24,20 +24,20 @@ from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, minmax, pack_weight, round_to_nearest_, unpack_into
 from quant.hidden_states import HiddenStates
 from quant.layer import LayerInputs, linears, unreached
-from quant.walk_inputs import WalkInputs, first_inputs
-
-_HELD_OUT_SHARE = 8
+from quant.walk_inputs import HELD_OUT_SHARE, WalkInputs, first_inputs
 
 
 class Method(Protocol):
     """What the walk asks of a method: a layer in, the parameters of its linears out.
 
-    needs_original: it also wants the inputs that the unquantized model would give the layer.
+    needs_original: it also wants the inputs that the unquantized model would give the layer. pass_dtype: in which the
+    linears multiply when layers are run.
     """
 
     name: str
     needs_inputs: bool
     needs_original: bool
+    pass_dtype: torch.dtype
 
     def settings_json(self) -> dict[str, Any]:
         """Return the method's own settings, as plain JSON values, for the recipe."""
@@ -83,7 +83,7 @@ class Walk:
             say(f"resuming: {sum(done)} of {len(layers)} layers are done and verified")
         inputs = None
         if self.method.needs_inputs and windows is not None and not all(done):
-            inputs = first_inputs(self.model, self.source, windows, self.spill_to)
+            inputs = first_inputs(self.model, self.source, windows, self.spill_to, self.method.pass_dtype)
         progress = Progress("layer", len(layers))
         for index in range(len(layers)):
             if done[index] and all(done):
@@ -95,9 +95,9 @@ class Walk:
             if inputs is not None and keeps_original:
                 original_STD = inputs.original_outputs(layer)
                 inputs = inputs.towards(original_STD)
-            note = self._layer(index, name, layer, inputs, None if done[index] else dtypes)
+            note, held_out_STD = self._layer(index, name, layer, inputs, None if done[index] else dtypes)
             if inputs is not None and index + 1 < len(layers):
-                inputs = inputs.following(layer, index + 1, original_STD)
+                inputs = inputs.following(layer, index + 1, original_STD, held_out_STD)
             release(layers[index])
             progress.advance(note)
         if self.writer.done(len(layers) + 1) is None:
@@ -115,10 +115,11 @@ class Walk:
         layer: nn.Module,
         inputs: WalkInputs | None,
         dtypes: dict[str, torch.dtype] | None,
-    ) -> str:
+    ) -> tuple[str, HiddenStates | None]:
         """Leave `layer` in memory as quantized, and on disk; return a note for the progress line.
 
-        dtypes: of the source whose weights are loaded, None for a layer that is done.
+        Beside it what `layer` makes of the held-out samples, where that is known. dtypes: of the source whose weights
+        are loaded, None for a layer that is done.
         """
         if dtypes is None:
             if inputs is not None:
@@ -126,14 +127,15 @@ class Walk:
                 assert record is not None, "the record was there when the walk began"
                 path = self.writer.directory / record["file"]
                 restore(layer, name, path, self._grids(layer, name), self.source.stored)
-            return "already done"
-        packed, report = self._quantize(layer, name, inputs, dtypes)
+            return "already done", None
+        packed, report, held_out_STD = self._quantize(layer, name, inputs, dtypes)
         state, quantized = layer.state_dict(), {f"{key}.weight" for key in packed}
         tensors = {f"{name}.{key}": t.to(dtypes[key]) for key, t in state.items() if key not in quantized}
         for key, weight in packed.items():
             tensors |= {f"{name}.{key}.{part}": t for part, t in stored_tensors(weight).items()}
         self._write(index + 1, name, tensors, report)
-        return f"error {report['error']:.4f} (rtn {report['rtn_error']:.4f})" if "error" in report else ""
+        note = f"error {report['error']:.4f} (rtn {report['rtn_error']:.4f})" if "error" in report else ""
+        return note, held_out_STD
 
     def _grids(self, layer: nn.Module, name: str) -> dict[str, Grid]:
         """Return the grids of the linears of layer `name` that are to be quantized, by their name within it."""
@@ -141,13 +143,16 @@ class Walk:
 
     def _quantize(
         self, layer: nn.Module, name: str, inputs: WalkInputs | None, dtypes: dict[str, torch.dtype]
-    ) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
-        """Quantize, measure on held-out samples against round-to-nearest, and fall back to that where it is better."""
+    ) -> tuple[dict[str, PackedWeight], dict[str, Any], HiddenStates | None]:
+        """Quantize, measure on held-out samples against round-to-nearest, and fall back to that where it is better.
+
+        Returns what the layer makes of these samples, too, if there was room for it: the reference's, if not kept.
+        """
         grids = self._grids(layer, name)
         if inputs is None:
             found, report = self.method.quantize_layer(layer, None, grids, self.head_dim)
-            return pack_layer(layer, found, grids, dtypes), report
-        fit, held_out = inputs.at_layer.split_held_out(_HELD_OUT_SHARE)
+            return pack_layer(layer, found, grids, dtypes), report, None
+        fit, held_out = inputs.at_layer.split_held_out(HELD_OUT_SHARE)
         reference = held_out.original().run(layer) if held_out.target_STD is None else held_out.target_STD
         for key, grid in grids.items():
             round_to_nearest_(layer.get_parameter(f"{key}.weight").data, grid)
@@ -159,7 +164,8 @@ class Walk:
         found, chosen = self.method.quantize_layer(layer, known_to, seen, self.head_dim)
         found |= {key: minmax(layer.get_parameter(f"{key}.weight").data, grids[key]) for key in blind}
         packed = pack_layer(layer, found, grids, dtypes)
-        error = relative_error(held_out, layer, reference)
+        room = held_out.target_STD is None
+        error = relative_error(held_out, layer, reference, overwrite=room)
         report = {"error": error, "rtn_error": rtn_error, "fallback": False, "chosen": chosen}
         if blind:
             say(
@@ -176,7 +182,8 @@ class Walk:
             nearest = {key: minmax(layer.get_parameter(f"{key}.weight").data, grid) for key, grid in grids.items()}
             packed = pack_layer(layer, nearest, grids, dtypes)
             report |= {"error": rtn_error, "fallback": True, "chosen": {}}
-        return packed, report
+            room = False
+        return packed, report, reference if room else None
 
 
 def pack_layer(
@@ -195,16 +202,19 @@ def pack_layer(
     return packed
 
 
-def relative_error(inputs: LayerInputs, layer: nn.Module, reference: HiddenStates) -> float:
+def relative_error(inputs: LayerInputs, layer: nn.Module, reference: HiddenStates, overwrite: bool = False) -> float:
     """Return |layer(x) - reference|^2 / |reference - x0|^2: the error, in units of what the layer adds to its input.
 
-    x0: the unquantized model's input where that is kept, else x.
+    x0: the unquantized model's input where that is kept, else x. overwrite: whether to leave layer(x) in the place of
+    the reference, a tensor then.
     """
     error = added = 0.0
     batches = reference.split(inputs.batch_samples), inputs.original().hidden_STD.split(inputs.batch_samples)
     for output, expected, before in zip(inputs.outputs(layer), *batches, strict=True):
         error += float((output - expected).square().sum())
         added += float((expected - before).square().sum())
+        if overwrite:
+            expected.copy_(output)  # a view of the reference
     return error / added
 
 

@@ -5,6 +5,7 @@ Axes: S samples, T tokens, D hidden, B samples of a batch.
 
 import inspect
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from offload.skeleton import assign, decoder_layers
 from offload.source_weights import SourceWeights
 from quant.hidden_states import HiddenStates, fill, new_states
 from quant.layer import LayerInputs
+
+HELD_OUT_SHARE = 8
+"""One in so many samples, the last ones, is what a layer is judged by and no method sees."""
 
 _BATCH_SAMPLES, _BATCH_TOKENS = 4, 512
 """Samples and tokens at most that go through a layer at once, enough for products to run at their full speed. Not a
@@ -46,19 +50,29 @@ class WalkInputs:
         """Return the same inputs with what the unquantized layer makes of what it is given, for all samples."""
         return replace(self, at_layer=replace(self.at_layer, target_STD=target_STD))
 
-    def following(self, layer: nn.Module, index: int, original_STD: HiddenStates | None) -> "WalkInputs":
+    def following(
+        self, layer: nn.Module, index: int, original_STD: HiddenStates | None, held_out_STD: HiddenStates | None = None
+    ) -> "WalkInputs":
         """Run `layer` and return the inputs of layer `index`, which comes after it, beside the unquantized model's.
 
-        These inputs are overwritten.
+        These inputs are overwritten. held_out_STD: what the layer makes of the held-out samples, where that is known;
+        they run apart from the others, in the batches that they were judged in, and it changes no bit.
         """
         arguments = self.arguments_by_layer[index]
-        hidden_STD = fill(self.at_layer.hidden_STD, self.at_layer.outputs(layer))
+        fit, held_out = self.at_layer.split_held_out(HELD_OUT_SHARE)
+        known = held_out.outputs(layer) if held_out_STD is None else held_out_STD.split(held_out.batch_samples)
+        alone = len(self.at_layer.hidden_STD) == 1
+        hidden_STD = fill(self.at_layer.hidden_STD, known if alone else chain(fit.outputs(layer), known))
         inputs = LayerInputs(hidden_STD, arguments, batch_samples(arguments, hidden_STD.shape[-2]), original_STD)
-        return replace(self, at_layer=inputs)
+        return replace(self, at_layer=replace(inputs, pass_dtype=self.at_layer.pass_dtype))
 
 
 def first_inputs(
-    model: PreTrainedModel, source: SourceWeights, windows: Tensor, spill_to: Path | None = None
+    model: PreTrainedModel,
+    source: SourceWeights,
+    windows: Tensor,
+    spill_to: Path | None = None,
+    pass_dtype: torch.dtype = torch.float32,
 ) -> WalkInputs:
     """Run everything before the decoder layers on windows [S, T] and return what the layers would be called with.
 
@@ -86,7 +100,7 @@ def first_inputs(
     for name, state in around.items():
         assign(model, name, state)
     arguments = tuple(recorder.arguments for recorder in recorders)
-    at_first = LayerInputs(states, arguments[0], batch_samples(arguments[0], windows.shape[1]))
+    at_first = LayerInputs(states, arguments[0], batch_samples(arguments[0], windows.shape[1]), pass_dtype=pass_dtype)
     return WalkInputs(at_first, arguments, spill_to)
 
 

@@ -198,7 +198,7 @@ def test_rows_rounded_and_packed_in_parts_are_those_of_the_whole(
     [
         (awq, []),
         (gptq, ["--set", "scale=true"]),
-        (gptq, ["--tier", "fast", "--set", "scale=true", "--asymmetric"]),
+        (gptq, ["--tier", "fast", "--pass-dtype", "float32", "--set", "scale=true", "--asymmetric"]),
         (awq, ["--target-bits", "5"]),
         (gptq, ["--target-bits", "5"]),
     ],

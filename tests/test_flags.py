@@ -11,7 +11,7 @@ from quant.gptq import GptqSettings
 
 NAMES = "damping, sequential, propagation, scale, "
 NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.clip_damping, search.search_samples, "
-NAMES += "learn.steps, learn.size, learn.samples"
+NAMES += "learn.steps, learn.size, learn.samples, pass_dtype"
 
 
 def test_a_setting_is_changed_by_its_name() -> None:
@@ -30,6 +30,10 @@ def test_a_setting_is_changed_by_its_name() -> None:
         ("damping=low", "--set 'damping=low': expected a value like 0.1"),
         ("search.clip_points=2.5", "--set 'search.clip_points=2.5': expected a value like 12"),
         ("damping", "--set 'damping': expected a value like 0.1"),
+        (
+            'pass_dtype="float16"',
+            "--set 'pass_dtype=\"float16\"': pass_dtype='float16': expected one of auto, float32, bfloat16",
+        ),
     ],
 )
 def test_what_is_no_setting_is_refused(change: str, message: str) -> None:

@@ -196,6 +196,7 @@ print(smallest + {room_mib})
         pytest.param("rtn", [], marks=pytest.mark.slow),
         pytest.param("gptq", [], marks=pytest.mark.slow),
         pytest.param("gptq", ["--target-bits", "6"], marks=pytest.mark.slow),
+        pytest.param("gptq", ["--tier", "fast", "--pass-dtype", "bfloat16"], marks=pytest.mark.slow),
     ],
 )
 def test_the_whole_process_stays_within_the_plan(

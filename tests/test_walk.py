@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from offload.text import load_text, sample_windows, tokenize
 from quant import awq, rtn
 from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, minmax, pack_weight
+from quant.layer import LayerInputs
 from quant.pipeline import run_method
 from quant.walk import Walk, release, restore, stored_tensors
 
@@ -294,12 +295,31 @@ def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_give(
         assert off == 0 if index == 0 else off > 0.1
 
 
+def test_held_out_samples_run_through_the_layer_as_written_once(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they are judged by goes into the next layer; where one falls back to nearest they run again."""
+    ran: list[int] = []
+    outputs = LayerInputs.outputs
+
+    def counting(self: LayerInputs, layer: nn.Module) -> Iterator[Tensor]:
+        ran.append(len(self.hidden_STD))
+        return outputs(self, layer)
+
+    monkeypatch.setattr(LayerInputs, "outputs", counting)
+    arguments = awq_flags(tiny_model, calibration_text, tmp_path / "out", "--num-samples", "24")
+    assert run_method("spoiling", lambda _: Spoiling(1, spoil_weights), arguments, {"only": None}) == 0
+    layer, again, fed = [3, 3, 21, 3], 3, 21  # unquantized, to nearest, what samples reach, as written
+    assert ran == [*layer, fed, *layer, again, fed, *layer]
+
+
 class Spoiling:
     """Rounds to nearest, but spoils one layer, or all of them."""
 
     name = "spoiling"
     needs_inputs = True
     needs_original = False
+    pass_dtype = torch.float32
 
     def __init__(self, layer: int | None, spoil: Callable[[nn.Module], Any]) -> None:
         self.layer, self.spoil, self.seen = layer, spoil, 0
