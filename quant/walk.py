@@ -18,6 +18,7 @@ from kernels.packed import PackedWeight
 from offload.checkpoint import read_header
 from offload.checkpoint_writer import CheckpointWriter
 from offload.command import Progress, say
+from offload.memory import trim_memory
 from offload.skeleton import assign, decoder_layers, outer_names
 from offload.source_weights import Location, SourceWeights
 from quant.cost import Cost, Shape, Windows
@@ -99,6 +100,7 @@ class Walk:
             if inputs is not None and index + 1 < len(layers):
                 inputs = inputs.following(layer, index + 1, original_STD, held_out_STD)
             release(layers[index])
+            trim_memory()  # what layers leave between the blocks of others grew by 10 MiB a layer
             progress.advance(note)
         if self.writer.done(len(layers) + 1) is None:
             self._write(len(layers) + 1, "", {name: self.source.read(name) for name in last}, {})
