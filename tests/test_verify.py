@@ -83,7 +83,7 @@ def test_a_fault_in_a_later_token_is_placed(
         slot = wait(slots, position)
         waits.append(position)
         if len(waits) == 8:  # three layers in the prompt, three in the first token after it
-            slots.arenas[slot].bytes[: slots._blobs[position].nbytes] ^= 1
+            slots.arenas[slot].bytes[: slots.blobs[position].nbytes] ^= 1
         return slot
 
     monkeypatch.setattr(Slots, "wait", flipping)
