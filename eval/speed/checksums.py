@@ -17,14 +17,13 @@ from typing import Any
 import xxhash
 
 from eval.speed.contender import PROMPT_TOKENS, clocked
-from eval.speed.random_model import SHAPES, write_checkpoint
+from eval.speed.random_model import MODELS, SHAPES, write_checkpoint
 from eval.speed.report import Rows
 from offload.command import Parser, Progress, format_bytes, parse_bytes, run
 from offload.errors import UsageError
 from offload.executor import executor_of, load
 from offload.limit import measure_links
 
-_MODELS = Path("checkpoints") / "random"
 _HASHED_BYTES = 64 << 20
 
 
@@ -64,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--cpu-memory", default="860MiB", help="budget of the process; some layers have to be read from disk")
     add("--tokens", type=int, default=32, help="tokens to decode in a turn")
     add("--rounds", type=int, default=5, help="turns with and without the check")
-    add("--models", type=Path, default=_MODELS, help="where the random models are kept")
+    add("--models", type=Path, default=MODELS, help="where the random models are kept")
 
 
 def measure(options: argparse.Namespace) -> ChecksumReport:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from eval.speed.random_model import SHAPES, write_checkpoint
+from eval.speed.random_model import MODELS, SHAPES, write_checkpoint
 from eval.speed.report import Rows
 from offload.checkpoint import Checkpoint
 from offload.command import Progress
@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subject."""
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="1b", help="of the model")
-    add("--models", type=Path, default=Path("models"), help="where the random models are, or are written")
+    add("--models", type=Path, default=MODELS, help="where the random models are, or are written")
     add("--rounds", type=int, default=3, help="rounds of all three")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from eval.speed.contender import ENGINES, PROMPT_TOKENS
 from eval.speed.control_group import memory_limit
-from eval.speed.random_model import SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
+from eval.speed.random_model import MODELS, SHAPES, ModelShape, write_bfloat16, write_checkpoint, write_gguf
 from eval.speed.report import Rows
 from eval.speed.timing import Samples
 from kernels.cpu_matmul import read_seconds
@@ -32,7 +32,6 @@ from offload.memory import Arena
 
 _READ_BYTES = 512 << 20
 _SHARES = ("of_disk", "of_read", "python_share")
-_MODELS = Path("checkpoints") / "random"
 _PACKAGES = {"ours": "offload", "llama.cpp": "llama_cpp", "accelerate": "accelerate"}
 _DISTRIBUTIONS = {"llama.cpp": "llama-cpp-python", "accelerate": "accelerate"}
 _SUFFIXES = {"ours": "int4", "llama.cpp": "gguf", "accelerate": "bf16"}
@@ -90,7 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=16, help="tokens to decode in a turn")
     add("--prompt-tokens", type=int, default=512, help="of the prompt whose time is taken; 0 for none")
     add("--rounds", type=int, default=5, help="turns of each engine")
-    add("--models", type=Path, default=_MODELS, help="where the random models are kept")
+    add("--models", type=Path, default=MODELS, help="where the random models are kept")
 
 
 def measure(options: argparse.Namespace) -> ExecutorReport:

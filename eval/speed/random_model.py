@@ -75,6 +75,9 @@ class ModelShape:
         }
 
 
+MODELS = Path("checkpoints") / "random"
+"""Where models of random weights are kept, unless a flag says otherwise."""
+
 SHAPES = {
     "tiny": ModelShape(4, 256, 768, 4, 2, 64, 1024, tied=True),
     "thin": ModelShape(28, 128, 256, 2, 1, 64, 1024, tied=True),

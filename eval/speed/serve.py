@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.speed.random_model import SHAPES, write_checkpoint
+from eval.speed.random_model import MODELS, SHAPES, write_checkpoint
 from eval.speed.report import Rows
 from offload.command import Progress, format_bytes, parse_bytes
 from offload.errors import ResourceError
 
-_MODELS = Path("checkpoints") / "random"
 _PROMPT_TOKENS = 8
 _NAME = "random"
 
@@ -71,7 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--clients", type=int, default=16, help="at once")
     add("--tokens", type=int, default=32, help="of each answer")
     add("--rounds", type=int, default=2, help="turns of one client and of all of them")
-    add("--models", type=Path, default=_MODELS, help="where the random models are kept")
+    add("--models", type=Path, default=MODELS, help="where the random models are kept")
 
 
 def measure(options: argparse.Namespace) -> ServeReport:

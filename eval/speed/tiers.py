@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eval.speed.random_model import SHAPES, ModelShape, write_checkpoint
+from eval.speed.random_model import MODELS, SHAPES, ModelShape, write_checkpoint
 from eval.speed.report import Rows
 from offload.cache import CACHE_NAME
 from offload.command import Progress, format_bytes, say
@@ -26,7 +26,6 @@ from offload.limit import Limit, measure_limit
 from offload.planning.arrangement import ARRANGEMENTS, WITHOUT_A_DEVICE, arranged
 from offload.trace import Trace
 
-_MODELS = Path("checkpoints") / "random"
 _PROMPT_TOKENS = 16
 _PEER_TOKENS = 3
 _TRACED_TOKENS = 8
@@ -61,7 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--batches", default="1,64", help="sequences that decode together, separated by commas")
     add("--tokens", type=int, default=24, help="to decode for each batch")
     add("--prompt-tokens", type=int, default=2048, help="of the prompt whose time is taken")
-    add("--models", type=Path, default=_MODELS, help="where the random models are kept")
+    add("--models", type=Path, default=MODELS, help="where the random models are kept")
     add("--trace", type=Path, metavar="FILE", help="write what one tier does as a Perfetto trace")
     add("--trace-tier", metavar="TIER", help="the tier; default: staged, or the last where that is not among them")
 
