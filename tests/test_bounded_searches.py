@@ -342,7 +342,7 @@ def test_a_process_with_matrices_wider_than_its_tiles_stays_within_the_plan(
     """Everything as small beside the layer as it is in a large one: tiles, and the rows that are worked on."""
     parts = "from quant import groupwise, tiles\ntiles.TILE, groupwise._CHUNK_WEIGHTS = 512, 1 << 18\n"
     model = wide_model(tmp_path / "model", tiny_model)
-    command = [sys.executable, "-c", parts + TWICE.format(method=method)]
+    command = [sys.executable, "-c", parts + TWICE.format(method=method, room_mib=2)]
     command += awq_flags(model, calibration_text, tmp_path / "out", *flags)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
