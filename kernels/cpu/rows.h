@@ -134,7 +134,7 @@ void quantize(const int4::Weight& w, const float* x, const int4::Activations& ou
 // the bits of a code. Ahead: while these are multiplied, ask for the R rows behind them.
 //
 // The loops over a tile are unrolled and its sums taken out of it at once: indexed by a variable, `total` would be kept in
-// memory, and stored at every step (measured, Zen 4: a quarter of the time of 64 activations).
+// memory, and stored at every step (measured, Zen 4, 64 activations: a tenth of the time with AVX512, a fifth with AVX2).
 template <int B, int G, int R, int T, bool Ahead = false>
 inline void tile(const int4::Weight& w, const int4::Activations& x, const float* scale, const float* scale_zero,
                  int64_t stride, const float* bias, const int4::Products& out, int64_t row, int64_t m, int64_t apart = 1) {
