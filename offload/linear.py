@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels.cpu_matmul import compiled_library, dequant_matmul_cpu, untiled_level
 from kernels.matmul import Mode, dequant_matmul
 from kernels.packed import PackedWeight, dequantize
-from offload.joint import Gather, do
+from offload.joint import Gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class JointProduct:
         if alone or self.gather is None:
             return dequant_matmul(x, weight, bias, mode)
         out = x.new_empty(*x.shape[:-1], weight.out_features)
-        do(self, _Product(x.flatten(), weight, bias, out.view(-1)))
+        self.gather(self, _Product(x.flatten(), weight, bias, out.view(-1)))
         return out
 
 
