@@ -37,9 +37,10 @@ class DecoderLayer:
     """A layer: x + o(attention(qkv(norm(x)))), then y + down(silu(gate(norm(y))) * up(norm(y))).
 
     qkv: one projection or three, whose rows together are heads, key heads and value heads times head_dim. gate_up: one
-    or two, gate first. Norms: [hidden]; those of queries and keys [head_dim] or None. All on the CPU, norms and biases
-    float32, bfloat16 or float16. head_dim is also the width of a value. scaling: of the scores, before the softmax.
-    Raises ValueError if the shapes do not fit each other.
+    or two, gate first. Norms: [hidden]; those of queries and keys [head_dim] or None. Norms and biases are float32,
+    bfloat16 or float16. head_dim is also the width of a value. scaling: of the scores, before the softmax. The tensors
+    are on the CPU for a `CompiledLayer`; where a `DeviceStep` wants them, it says. Raises ValueError if the shapes do
+    not fit each other.
     """
 
     qkv: tuple[Projection, ...]

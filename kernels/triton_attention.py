@@ -16,9 +16,7 @@ from torch import Tensor
 
 from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, MOST_FUSED_QUERIES, KVBlocks, KVContext
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
-
-SPLIT_TOKENS, MOST_SPLITS = 256, 64
-"""A split has at least so many tokens, and up to CHUNK_TOKENS where there would be more of them."""
+from kernels.triton_tuning import split_tokens
 
 _STEP_BYTES = 8 << 10
 _SMALLEST_STEP, _LARGEST_PROMPT_STEP = 16, 32
@@ -49,13 +47,6 @@ class AttentionTile:
             rows = 64 if max(key_block, value_block) <= 256 else 16
             return cls(min(step, _LARGEST_PROMPT_STEP), key_block, value_block, rows, num_warps=8)
         return cls(step, key_block, value_block, rows=16, num_warps=4)
-
-
-def split_tokens(tokens: int, queries: int = 1) -> int:
-    """Return the tokens of every split but the last, a power of two: of a context of so many, for so many queries."""
-    if queries > MOST_FUSED_QUERIES:  # they fill a device without splits, and what each split finds is large
-        return CHUNK_TOKENS
-    return min(CHUNK_TOKENS, max(SPLIT_TOKENS, int(triton.next_power_of_2(triton.cdiv(tokens, MOST_SPLITS)))))
 
 
 class TritonAttention:

@@ -76,9 +76,7 @@ def read_sums(buffer: Tensor, device: torch.device) -> Tensor:
 
 @cache
 def _tuning(device: torch.device) -> tuple[Tuning, int]:
-    """Return what is chosen for a device, and the number of its multiprocessors; the interpreter gets a small one."""
-    if device.type != "cuda":
-        return tuning_of(OLDEST), 4
+    """Return what is chosen for a device, and the number of its multiprocessors."""
     gpu = GpuKind.of(device)
     if gpu.capability < OLDEST:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))

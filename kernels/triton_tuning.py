@@ -1,4 +1,4 @@
-"""How the product on a GPU is launched, and what it takes of its memory: known without a GPU, and without triton."""
+"""How products and attention are launched on a GPU, and what products take of its memory: known without triton."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,8 +6,15 @@ from typing import Protocol
 
 import torch
 
+from kernels.kv_block import CHUNK_TOKENS, MOST_FUSED_QUERIES
+
 OLDEST = 8
 """Major compute capability."""
+
+SPLIT_TOKENS, MOST_SPLITS = 256, 64
+"""A split of a context has at least so many tokens, and up to CHUNK_TOKENS where there would be more of them."""
+
+_INTERPRETED_PROCESSORS = 4
 
 
 class Shaped(Protocol):
@@ -39,6 +46,11 @@ class WeightShape:
     group_size: int
     bits: int
 
+    @classmethod
+    def of(cls, weight: Shaped) -> "WeightShape":
+        """Return that of a weight."""
+        return cls(weight.out_features, weight.in_features, weight.group_size, weight.bits)
+
 
 @dataclass(frozen=True, slots=True)
 class GpuKind:
@@ -49,7 +61,9 @@ class GpuKind:
 
     @classmethod
     def of(cls, device: torch.device) -> "GpuKind":
-        """Return that of a CUDA device."""
+        """Return that of a CUDA device; for another one a small one, as the interpreter is given."""
+        if device.type != "cuda":
+            return cls(OLDEST, _INTERPRETED_PROCESSORS)
         properties = torch.cuda.get_device_properties(device)
         return cls(properties.major, properties.multi_processor_count)
 
@@ -148,6 +162,17 @@ def product_bytes(weights: Iterable[Shaped], most_rows: int, element_bytes: int,
             for mapped in (False, True) if rows <= tuning.mapped.block_m else (False,):
                 largest = max(largest, 4 * split_elements(rows, weight, tuning, gpu.processors, mapped))
     return largest
+
+
+def split_tokens(tokens: int, queries: int = 1) -> int:
+    """Return the tokens of every split but the last, a power of two: of a context of so many, for so many queries.
+
+    For few queries it is the same for all numbers of tokens from above one power of two up to the next.
+    """
+    if queries > MOST_FUSED_QUERIES:  # they fill a device without splits, and what each split finds is large
+        return CHUNK_TOKENS
+    most = _cdiv(tokens, MOST_SPLITS)
+    return min(CHUNK_TOKENS, max(SPLIT_TOKENS, 1 << (most - 1).bit_length()))
 
 
 def tuning_of(capability: int) -> Tuning:

@@ -24,7 +24,8 @@ from kernels.kv_block import (
     write_tokens,
 )
 from kernels.reference import attention_reference
-from kernels.triton_attention import MOST_SPLITS, SPLIT_TOKENS, TritonAttention, append_tokens_triton, split_tokens
+from kernels.triton_attention import TritonAttention, append_tokens_triton
+from kernels.triton_tuning import MOST_SPLITS, SPLIT_TOKENS, split_tokens
 
 SPLIT_CASES = [
     Case(tokens=2 * SPLIT_TOKENS + 77, group=3),
