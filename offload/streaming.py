@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from kernels.cpu_matmul import compiled_library
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.checksums import verify
 from offload.device import Device
@@ -22,7 +23,7 @@ from offload.device_side import DeviceSide, Parts, move_buffers
 from offload.embedding import DiskEmbedding
 from offload.expert_cache import ExpertCache
 from offload.experts import Experts
-from offload.fused import fuse, unfuse
+from offload.fused import FusedLayer
 from offload.head import StreamedHead, verify_head
 from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.lent_layers import LentLayers
@@ -30,6 +31,7 @@ from offload.linear import PackedLinear
 from offload.memory import Arena, FileReader, Memory
 from offload.planning.placement import Placement
 from offload.planning.wishes import KVFormat
+from offload.proved import fuse, unfuse
 from offload.read_queue import ReadQueue, read_blob
 from offload.transfer import Slots
 from offload.units import Units, without
@@ -221,8 +223,9 @@ class Executor:
     def fuse(self) -> None:
         """Let single tokens take the fused call in layers that the host computes, and in no others."""
         unfuse(self.layers)
-        on_host = [at for at, how in enumerate(self.placement.hows) if how == "host"]
-        fuse(self.model, {at: self.layers[at] for at in on_host}, self._in_memory)
+        on_host = {at: layer for at, layer in enumerate(self.layers) if self.placement.hows[at] == "host"}
+        if compiled_library() is not None:
+            fuse(self.model, on_host, self._in_memory, FusedLayer, torch.device("cpu"))
 
     def attach_layers(self) -> None:
         """Read the layers that stay in memory, and hook what is streamed. Raises what `attach` raises."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer, Token
 from kernels.kv_block import CHUNK_TOKENS
-from offload import fused
+from offload import fused, proved, single_token
 from offload.cache import KVCache
 from offload.executor import executor_of, load, new_cache
 from tests.test_executor import streamed
@@ -133,13 +133,13 @@ def test_layers_of_another_kind_are_proved_apart(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proofs: list[int] = []
-    proved = fused._is_proved
+    is_proved = proved._is_proved
 
-    def counting(model: PreTrainedModel, layer: Any) -> bool:
+    def counting(model: PreTrainedModel, layer: Any, *more: Any) -> bool:
         proofs.append(layer.self_attn.layer_idx)
-        return proved(model, layer)
+        return is_proved(model, layer, *more)
 
-    monkeypatch.setattr(fused, "_is_proved", counting)
+    monkeypatch.setattr(proved, "_is_proved", counting)
     load(checkpoint_of("smollm3", tmp_path, tiny_model, pad_token_id=0, no_rope_layers=[1, 0, 1]))
     assert proofs == [0, 1]
 
@@ -199,7 +199,7 @@ def test_the_cache_is_taken_over_whatever_was_done_to_it(tiny_checkpoint: Path) 
 def test_the_cache_grows_past_its_room(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_checkpoint)
     whole = decode(model, 20)
-    monkeypatch.setattr(fused, "_ROOM_TOKENS", 3)
+    monkeypatch.setattr(single_token, "_ROOM_TOKENS", 3)
     assert torch.equal(decode(model, 20), whole)
 
 
