@@ -157,7 +157,7 @@ def _attention(dtype: str, dim: int) -> Iterator[Configuration]:
         tile = AttentionTile.of(dim, dim, queries)
         constants: dict[str, Any] = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_TOKENS": BLOCK_TOKENS, "PTX": True}
         constants |= {"KEY_BLOCK": tile.key_block, "VALUE_BLOCK": tile.value_block, "STEP": tile.step_tokens}
-        constants |= {"GROUP": 4, "BLOCK_M": tile.rows, "HAS_MASK": masked}
+        constants |= {"GROUP": 4, "BLOCK_M": tile.rows, "HAS_MASK": masked, "TOKENS_IN_MEMORY": False}
         constants |= {} if masked else {"mask_BNT": None}
         seen = {"mask_BNT": "*u8"} if masked else {}
         name = f"attention of {tile.rows} rows, {label}, {'masked' if masked else 'causal'}"

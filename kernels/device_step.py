@@ -186,14 +186,27 @@ class DeviceStep:
         values [key_heads, capacity, head_dim], contiguous, of the room's dtype, beginning at multiples of 16 bytes; and
         the capacity, above `tokens`. Raises ValueError for other shapes and dtypes, or more tokens than the room's.
         """
-        raise NotImplementedError
+        from kernels.triton_step import load  # triton is no dependency without a GPU
+
+        shape = self.room.shape
+        for name, x, size in (("hidden", hidden, shape.hidden), ("cos", cos, shape.rotary), ("sin", sin, shape.rotary)):
+            if x.dtype != shape.dtype or x.shape != (size,) or not x.is_contiguous():
+                raise ValueError(f"{name}: expected contiguous {shape.dtype} [{size}], found {x.dtype} {list(x.shape)}")
+        if not 0 <= tokens < shape.most_tokens:
+            raise ValueError(f"{tokens} tokens and a new one in a room for {shape.most_tokens}; make a larger room")
+        entries = tokens // BLOCK_TOKENS + 1 if shape.int8 else _DENSE_TABLE
+        if past.dtype != torch.int64 or past.dim() != 1 or past.numel() < entries or not past.is_contiguous():
+            raise ValueError(f"past: expected int64 of at least {entries}, found {past.dtype} {list(past.shape)}")
+        load(self.room, hidden, cos, sin, past, tokens)
 
     def run(self) -> None:
         """Append the key and value of the token that was loaded to its past, and write the layer's output to `out`.
 
         Only launches, which are the same whatever was loaded: this may be captured, after it ran once, which compiles.
         """
-        raise NotImplementedError
+        from kernels.triton_step import run
+
+        run(self.layer, self.room, self.key_offset)
 
     @property
     def out(self) -> Tensor:

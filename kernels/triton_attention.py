@@ -6,7 +6,6 @@ depends on the number of its tokens and on whether a prompt asks, not on how muc
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, MOST_FUSED_QUERIES, KVBlocks, KVContext
+from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, MOST_FUSED_QUERIES, BlockShape, KVBlocks, KVContext
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
 from kernels.triton_tuning import split_tokens
 
@@ -41,12 +40,17 @@ class AttentionTile:
     @classmethod
     def of(cls, key_dim: int, value_dim: int, queries: int = 1) -> "AttentionTile":
         """Choose it: a step's keys, or values, are at most 8 KiB where 16 tokens allow that."""
-        key_block, value_block = (max(32, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
-        step = min(BLOCK_TOKENS, max(_SMALLEST_STEP, _STEP_BYTES // max(key_block, value_block)))
+        keys, values = head_block(key_dim), head_block(value_dim)
+        step = min(BLOCK_TOKENS, max(_SMALLEST_STEP, _STEP_BYTES // max(keys, values)))
         if queries > MOST_FUSED_QUERIES:
-            rows = 64 if max(key_block, value_block) <= 256 else 16
-            return cls(min(step, _LARGEST_PROMPT_STEP), key_block, value_block, rows, num_warps=8)
-        return cls(step, key_block, value_block, rows=16, num_warps=4)
+            rows = 64 if max(keys, values) <= 256 else 16
+            return cls(min(step, _LARGEST_PROMPT_STEP), keys, values, rows, num_warps=8)
+        return cls(step, keys, values, rows=16, num_warps=4)
+
+
+def head_block(dim: int) -> int:
+    """Return the elements of a tile that holds heads of `dim` elements."""
+    return max(32, int(triton.next_power_of_2(dim)))
 
 
 class TritonAttention:
@@ -60,7 +64,6 @@ class TritonAttention:
         self._context, self._scaling = context, scaling
         batch, heads, self._queries, _ = query.shape
         self._prompt = self._queries > MOST_FUSED_QUERIES
-        self._tile = AttentionTile.of(context.shape.key_dim, context.shape.value_dim, self._queries)
         self._split = split_tokens(context.tokens, self._queries)
         splits = triton.cdiv(context.tokens, self._split)
         self._held = min(splits, 2) if self._prompt else splits  # of a prompt what was found, and what is added to it
@@ -98,58 +101,94 @@ class TritonAttention:
 
     def _launch(self, start: int, stop: int, place: int) -> None:
         """Put what splits start..stop hold from `place` on among the parts."""
-        query, context, shape = self._query, self._context, self._context.shape
-        batch, heads = query.shape[:2]
-        group = heads // shape.key_heads
-        split_blocks, seen, tile = self._split // BLOCK_TOKENS, self._seen, self._tile
-        with _on(query):
-            attention_kernel[batch * shape.key_heads, stop - start, triton.cdiv(self._queries * group, tile.rows)](
-                query,
-                context.blocks.device_addresses(query.device, start * split_blocks, stop * split_blocks),
-                seen,
-                self._parts[place:],
-                self._logsums[place:],
-                *query.stride()[:3],
-                *((0, 0, 0) if seen is None else (seen.stride(0), seen.stride(2), seen.stride(3))),
-                self._scaling * math.log2(math.e),
-                batch,
-                shape.key_heads,
-                self._queries,
-                context.tokens,
-                start,
-                self._split // tile.step_tokens,
-                GROUP=group,
-                KEY_DIM=shape.key_dim,
-                VALUE_DIM=shape.value_dim,
-                KEY_BLOCK=tile.key_block,
-                VALUE_BLOCK=tile.value_block,
-                STEP=tile.step_tokens,
-                BLOCK_TOKENS=BLOCK_TOKENS,
-                BLOCK_M=tile.rows,
-                HAS_MASK=seen is not None,
-                PTX=not _INTERPRETED,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+        blocks, split_blocks = self._context.blocks, self._split // BLOCK_TOKENS
+        launch_attention(
+            self._query,
+            blocks.shape,
+            blocks.device_addresses(self._query.device, start * split_blocks, stop * split_blocks),
+            self._seen,
+            self._parts[place:],
+            self._logsums[place:],
+            self._scaling,
+            self._context.tokens,
+            range(start, stop),
+            self._split,
+        )
 
     def _merge(self, out: Tensor) -> None:
-        value_dim = self._context.shape.value_dim
-        rows = out.numel() // value_dim
-        with _on(out):
-            merge_kernel[(rows,)](
-                self._parts,
-                self._logsums,
-                out,
-                rows,
-                self._held,
-                VALUE_DIM=value_dim,
-                VALUE_BLOCK=self._tile.value_block,
-                num_warps=1,
-            )
+        launch_merge(self._parts, self._logsums, out, self._held)
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def launch_attention(
+    query_BHND: Tensor,
+    shape: BlockShape,
+    addresses: Tensor,
+    seen_BKNT: Tensor | None,
+    parts_SBNHD: Tensor,
+    logsums_SBNH: Tensor,
+    scaling: float,
+    tokens: int | Tensor,
+    splits: range,
+    split: int,
+) -> None:
+    """Launch attention over some splits of `split` tokens each, whose blocks begin at `addresses`.
+
+    tokens: those of the context; in memory, int32 [1], those before the one query. seen: uint8, see `attention`. parts,
+    logsums: what it writes, one for each of these splits, contiguous.
+    """
+    batch, heads, queries, _ = query_BHND.shape
+    tile = AttentionTile.of(shape.key_dim, shape.value_dim, queries)
+    group = heads // shape.key_heads
+    with torch.cuda.device_of(query_BHND):
+        attention_kernel[batch * shape.key_heads, len(splits), triton.cdiv(queries * group, tile.rows)](
+            query_BHND,
+            addresses,
+            seen_BKNT,
+            parts_SBNHD,
+            logsums_SBNH,
+            *query_BHND.stride()[:3],
+            *((0, 0, 0) if seen_BKNT is None else (seen_BKNT.stride(0), *seen_BKNT.stride()[2:])),
+            scaling * math.log2(math.e),
+            batch,
+            shape.key_heads,
+            queries,
+            tokens,
+            splits.start,
+            split // tile.step_tokens,
+            GROUP=group,
+            KEY_DIM=shape.key_dim,
+            VALUE_DIM=shape.value_dim,
+            KEY_BLOCK=tile.key_block,
+            VALUE_BLOCK=tile.value_block,
+            STEP=tile.step_tokens,
+            BLOCK_TOKENS=BLOCK_TOKENS,
+            BLOCK_M=tile.rows,
+            HAS_MASK=seen_BKNT is not None,
+            PTX=not _INTERPRETED,
+            TOKENS_IN_MEMORY=isinstance(tokens, Tensor),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def launch_merge(parts_SRD: Tensor, logsums_SR: Tensor, out_RD: Tensor, splits: int) -> None:
+    """Launch what adds the first `splits` parts, each of the size of `out`, in order; the first logsums become all's.
+
+    R: any number of axes, of which only the product counts.
+    """
+    value_dim = out_RD.shape[-1]
+    rows = out_RD.numel() // value_dim
+    with torch.cuda.device_of(out_RD):
+        merge_kernel[(rows,)](
+            parts_SRD,
+            logsums_SR,
+            out_RD,
+            rows,
+            splits,
+            VALUE_DIM=value_dim,
+            VALUE_BLOCK=head_block(value_dim),
+            num_warps=1,
+        )
 
 
 def append_tokens_triton(
@@ -167,7 +206,7 @@ def _append(
     x = x_BKND if x_BKND.stride(-1) == 1 else x_BKND.contiguous()
     batch, key_heads, count, dim = x.shape
     first = start // CHUNK_TOKENS * _CHUNK_BLOCKS  # those before it may be elsewhere
-    with _on(x):
+    with torch.cuda.device_of(x):
         append_kernel[batch * key_heads, count](
             x,
             offset,

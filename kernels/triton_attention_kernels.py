@@ -46,8 +46,8 @@ def _nearest(x):
 
 
 @triton.jit
-def _part(address, start, kind: tl.constexpr):
-    """Return a pointer to a part of a block; every part begins at a multiple of 16 bytes."""
+def part(address, start, kind: tl.constexpr):
+    """Return a pointer to a part of what begins at an address; the part begins at a multiple of 16 bytes."""
     return tl.multiple_of((address + start).to(tl.pointer_type(kind)), 16)
 
 
@@ -83,11 +83,15 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PTX: tl.constexpr,
+    TOKENS_IN_MEMORY: tl.constexpr,
 ):
     """BLOCK_M queries of one key head over one split: their mean value, and the logarithm of their sum to base 2.
 
-    The table of addresses begins with the first block of the first split.
+    The table of addresses begins with the first block of the first split. With TOKENS_IN_MEMORY `tokens` points to the
+    number of those before the one query, and splits behind it find 0, the logarithm of whose sum is minus infinity.
     """
+    if TOKENS_IN_MEMORY:
+        tokens = tl.load(tokens) + 1
     sequence, key_head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
     split = tl.program_id(1)
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -125,13 +129,13 @@ def attention_kernel(
         own = tl.program_id(0) * BLOCK_TOKENS + step * STEP % BLOCK_TOKENS + tl.arange(0, STEP)
         token = step * STEP + tl.arange(0, STEP)
         held = token < tokens
-        keys = _part(address, 0, tl.int8) + own[:, None] * KEY_DIM + d_key[None, :]
+        keys = part(address, 0, tl.int8) + own[:, None] * KEY_DIM + d_key[None, :]
         if KEY_DIM == KEY_BLOCK:  # noqa: SIM108 - of constants, which a conditional expression is not for Triton
             key = tl.load(keys)
         else:
             key = tl.load(keys, mask=(d_key < KEY_DIM)[None, :], other=0)
         scales = address + rows.to(tl.int64) * (KEY_DIM + VALUE_DIM)
-        key_scale = tl.load(_part(scales, 0, tl.bfloat16) + own, mask=held, other=0.0).to(tl.float32)
+        key_scale = tl.load(part(scales, 0, tl.bfloat16) + own, mask=held, other=0.0).to(tl.float32)
         score = tl.dot(high, tl.trans(key), out_dtype=tl.int32) * 128
         score = tl.dot(low, tl.trans(key), acc=score, out_dtype=tl.int32)
         if HAS_MASK:
@@ -147,12 +151,12 @@ def attention_kernel(
         weight = tl.exp2(score - base[:, None])
         total = total * faded + tl.sum(weight, axis=1)
 
-        values = _part(address, rows.to(tl.int64) * KEY_DIM, tl.int8) + own[:, None] * VALUE_DIM + d_value[None, :]
+        values = part(address, rows.to(tl.int64) * KEY_DIM, tl.int8) + own[:, None] * VALUE_DIM + d_value[None, :]
         if VALUE_DIM == VALUE_BLOCK:
             value = tl.load(values)
         else:
             value = tl.load(values, mask=(d_value < VALUE_DIM)[None, :], other=0)
-        scale = tl.load(_part(scales, rows * 2, tl.bfloat16) + own, mask=held, other=0.0).to(tl.float32)
+        scale = tl.load(part(scales, rows * 2, tl.bfloat16) + own, mask=held, other=0.0).to(tl.float32)
         most = tl.max(scale)
         share = tl.where(scale == 0, 0.0, scale / most)
         weight = tl.where(seen, weight * share[None, :], 0.0).to(tl.float16)
@@ -193,6 +197,23 @@ def merge_kernel(part_SRD, logsum_SR, out_RD, R, splits, VALUE_DIM: tl.constexpr
     tl.store(out_RD + row * VALUE_DIM + d, total.to(out_RD.dtype.element_ty), mask=d < VALUE_DIM)
 
 
+@triton.jit
+def store_codes(x, address, codes_byte, scale_byte, row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write float32 x [BLOCK], of which DIM count, the others 0, as the codes and the scale of a row of a block."""
+    exact = tl.div_rn(tl.max(tl.abs(x)), _CODE_MAX)
+    # bfloat16, to the nearest even; NaN where an element is no number
+    bits = exact.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    broken = tl.sum(tl.where(tl.abs(x) < float("inf"), 0, 1)) > 0
+    bits = tl.where(broken, 0x7FC0, bits)
+    scale = (bits << 16).to(tl.float32, bitcast=True)
+    codes = _nearest(tl.div_rn(x, tl.where(scale > 0, scale, 1.0)))
+    codes = tl.where(scale > 0, tl.minimum(tl.maximum(codes, -_CODE_MAX), _CODE_MAX), 0.0)
+    d = tl.arange(0, BLOCK)
+    tl.store(part(address, codes_byte, tl.int8) + row * DIM + d, codes.to(tl.int8), mask=d < DIM)
+    tl.store(part(address, scale_byte, tl.int16) + row, bits.to(tl.int16))
+
+
 @triton.jit(do_not_specialize=["start"])
 def append_kernel(
     x_BKND,
@@ -219,17 +240,7 @@ def append_kernel(
     x = tl.load(place + d, mask=inside, other=0.0).to(tl.float32)
     if HAS_OFFSET:
         x -= tl.load(offset_KD + key_head * DIM + d, mask=inside, other=0.0)
-    exact = tl.div_rn(tl.max(tl.abs(x)), _CODE_MAX)
-    # bfloat16, to the nearest even; NaN where an element is no number
-    bits = exact.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    broken = tl.sum(tl.where(tl.abs(x) < float("inf"), 0, 1)) > 0
-    bits = tl.where(broken, 0x7FC0, bits)
-    scale = (bits << 16).to(tl.float32, bitcast=True)
-    codes = _nearest(tl.div_rn(x, tl.where(scale > 0, scale, 1.0)))
-    codes = tl.where(scale > 0, tl.minimum(tl.maximum(codes, -_CODE_MAX), _CODE_MAX), 0.0)
     token = start + n
     address = tl.load(addresses + token // BLOCK_TOKENS)
     row = tl.program_id(0) * BLOCK_TOKENS + token % BLOCK_TOKENS
-    tl.store(_part(address, codes_byte, tl.int8) + row * DIM + d, codes.to(tl.int8), mask=inside)
-    tl.store(_part(address, scale_byte, tl.int16) + row, bits.to(tl.int16))
+    store_codes(x, address, codes_byte, scale_byte, row, DIM, BLOCK)

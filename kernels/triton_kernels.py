@@ -184,6 +184,17 @@ def matmul_kernel(
 
 
 @triton.jit
+def sums_kernel(x_MK, sum_MS, K, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """The float32 sums of STEPS steps of one row of x: what their zero points are multiplied by."""
+    step = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
+    k = step[:, None] * STEP + tl.arange(0, STEP)[None, :]
+    x = tl.load(x_MK + tl.program_id(1).to(tl.int64) * K + k, mask=k < K, other=0.0)
+    steps = tl.cdiv(K, STEP)
+    place = sum_MS + tl.program_id(1).to(tl.int64) * steps + step
+    tl.store(place, tl.sum(x.to(tl.float32), axis=1), mask=step < steps)
+
+
+@triton.jit
 def reduce_kernel(
     partial_SMN, bias_N, out_MN, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
 ):

@@ -13,19 +13,20 @@ import triton
 from torch import Tensor
 
 from kernels.packed import PackedWeight
-from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
+from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel, sums_kernel
 from kernels.triton_tuning import OLDEST, GpuKind, Launch, Tuning, group_codes, plan_launch, split_elements, tuning_of
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-
 _READ_BLOCK, _READS_PER_PROCESSOR = 1024, 8
+_SUMS = 8
+"""Of a program."""
 
 
 def workspace_elements(M: int, weight: PackedWeight, device: torch.device) -> int:
     """Return how many float32 a product of M activations needs between its two kernels; 0 where it needs none."""
     tuning, processors = _tuning(device)
-    return split_elements(M, weight, tuning, processors, _mapped(weight, device))
+    return split_elements(M, weight, tuning, processors, is_mapped(weight, device))
 
 
 def dequant_matmul_triton(
@@ -40,7 +41,7 @@ def dequant_matmul_triton(
     """
     tuning, processors = _tuning(x.device)
     rows = x.reshape(-1, weight.in_features).contiguous()
-    mapped = _mapped(weight, x.device)
+    mapped = is_mapped(weight, x.device)
     if mapped and len(rows) > tuning.mapped.block_m:
         raise ValueError(
             f"{len(rows)} activations, the weight in host memory: at most {tuning.mapped.block_m}; copy it first"
@@ -84,29 +85,64 @@ def _tuning(device: torch.device) -> tuple[Tuning, int]:
     return tuning_of(gpu.capability), gpu.processors
 
 
-def _mapped(weight: PackedWeight, device: torch.device) -> bool:
+def is_mapped(weight: PackedWeight, device: torch.device) -> bool:
     """Whether the weight is read across the bus."""
     return device.type == "cuda" and not weight.codes.is_cuda
 
 
 def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tensor | None, launch: Launch) -> Tensor:
     """Return x @ W.T + bias as `launch` says; x [M, K]. Raises ValueError if the workspace is too small."""
-    M, N, K = len(x), weight.out_features, weight.in_features
-    tile, step = launch.tile, launch.tile.step(group_codes(weight), weight.bits)
+    M, N = len(x), weight.out_features
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M == 0:
         return out
-    split = launch.splits > 1
-    if split:
-        size = launch.splits * M * N
-        if workspace is None:
-            workspace = torch.empty(size, dtype=torch.float32, device=x.device)
-        elif workspace.numel() < size or workspace.dtype != torch.float32:
-            raise ValueError(f"workspace: expected float32 of {size} elements, found {workspace.numel()}")
-    x_sum = None if weight.zero is None or tile.scale_weights else _sums(x, step)
+    if launch.splits > 1 and workspace is None:
+        workspace = torch.empty(launch.splits * M * N, dtype=torch.float32, device=x.device)
+    sums, step = None, summed_step(weight, launch)
+    if step:
+        sums = torch.empty(M, triton.cdiv(weight.in_features, step), dtype=torch.float32, device=x.device)
+        launch_sums(x, step, sums)
+    launch_product(x, weight, bias, out, launch, sums, workspace)
+    return out
+
+
+def summed_step(weight: PackedWeight, launch: Launch) -> int:
+    """Return of how many activations each the product wants sums, see `launch_sums`; 0 where it wants none."""
+    if weight.zero is None or launch.tile.scale_weights:
+        return 0
+    return launch.tile.step(group_codes(weight), weight.bits)
+
+
+def launch_sums(x: Tensor, step: int, sums: Tensor) -> None:
+    """Launch the sums of every `step` activations of x [M, K], contiguous: float32, at least [M, ceil(K / step)]."""
+    M, K = x.shape
+    grid = (triton.cdiv(triton.cdiv(K, step), _SUMS), M)
+    sums_kernel[grid](x, sums, K, STEP=step, STEPS=_SUMS, num_warps=1)
+
+
+def launch_product(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    launch: Launch,
+    sums: Tensor | None,
+    workspace: Tensor | None,
+) -> None:
+    """Launch out = x @ W.T + bias as `launch` says, allocating nothing; x [M, K] and out [M, N] contiguous, M not 0.
+
+    sums: of `launch_sums` where `summed_step` wants them. workspace: float32, contiguous, where `launch` has splits.
+    Raises ValueError if the workspace is too small.
+    """
+    M, N, K = len(x), weight.out_features, weight.in_features
+    tile, step = launch.tile, launch.tile.step(group_codes(weight), weight.bits)
+    split, size = launch.splits > 1, launch.splits * M * N
+    if split and (workspace is None or workspace.numel() < size or workspace.dtype != torch.float32):
+        found = None if workspace is None else workspace.numel()
+        raise ValueError(f"workspace: expected float32 of {size} elements, found {found}")
     matmul_kernel[triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m), launch.splits](
         x,
-        x_sum,
+        sums,
         weight.codes,
         weight.scale,
         weight.zero,
@@ -144,14 +180,6 @@ def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tenso
             HAS_BIAS=bias is not None,
             enable_fp_fusion=True,
         )
-    return out
-
-
-def _sums(x: Tensor, step: int) -> Tensor:
-    """Return the sum of every step of x [M, K], float32 [M, steps]: what a zero point is multiplied by."""
-    whole = x.shape[1] // step * step
-    sums = x[:, :whole].unflatten(1, (-1, step)).sum(-1, dtype=torch.float32)
-    return sums if whole == x.shape[1] else torch.cat((sums, x[:, whole:].sum(-1, True, dtype=torch.float32)), dim=1)
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
