@@ -145,7 +145,7 @@ class KVBlocks:
         They are copied there when they are asked for first, a copy that the host waits for: memory that is used again
         and again, as slots are, has them there already.
         """
-        return _addresses_on(device, self.addresses[first:last].tobytes())
+        return integers_on(device, self.addresses[first:last].tobytes())
 
     def __reduce__(self) -> tuple[type["KVBlocks"], tuple[BlockShape, tuple[KVBlock, ...]]]:
         """Let a copy have addresses of its own blocks. Every block has to be in memory."""
@@ -188,8 +188,9 @@ class KVContext:
 
 
 @lru_cache(maxsize=_MOST_TABLES)
-def _addresses_on(device: torch.device, addresses: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(addresses), dtype=torch.int64).to(device)
+def integers_on(device: torch.device, integers: bytes) -> Tensor:
+    """Return signed 64-bit integers on a device, which the host waits for when they are asked for first."""
+    return torch.frombuffer(bytearray(integers), dtype=torch.int64).to(device)
 
 
 def quantize_tokens(x_BKND: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,16 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from offload.captured import CapturedLayer, StepRooms
 from offload.checkpoint import LayerBlob
 from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyLog, CopyQueue, Kept, Lender
 from offload.device import Device
@@ -16,6 +20,7 @@ from offload.layer_view import LayerView, copied_bytes
 from offload.lent_layers import Crossing, LentLayers, MappedLayers
 from offload.memory import Arena, Memory
 from offload.planning.placement import Placement
+from offload.proved import fuse
 from offload.transfer import Slots
 from offload.units import SplitLayer
 
@@ -62,6 +67,7 @@ class DeviceSide:
         self._pinned: list[Arena] = []
         self._bounce: Bounce | None = None
         self._handles: list[RemovableHandle] = []
+        self._lent: dict[str, Callable[[], AbstractContextManager[None]]] = {}
 
     def keep(self, blob: LayerBlob, parts: Parts) -> LayerView:
         """Bring a shard into the device's memory and attach it for good."""
@@ -105,6 +111,18 @@ class DeviceSide:
         for blob, how in zip(parts.blobs, placement.hows, strict=True):
             self._handles += crossing.hook(parts.module_of(blob.module)) if how == "host" else ()
 
+    def fuse(self, model: PreTrainedModel, parts: Parts, placement: Placement) -> None:
+        """Let single tokens be replayed through the layers that the device computes, but for those in parts."""
+        apart = {"host", "staged"} if placement.split else {"host"}
+        names = {at: blob.module for at, blob in enumerate(parts.blobs) if placement.hows[at] not in apart}
+        fuse(
+            model,
+            {at: parts.module_of(name) for at, name in names.items()},
+            lambda at: self._lent.get(names[at], nullcontext)(),
+            partial(CapturedLayer, StepRooms(self.device)),
+            self.device.torch_device,
+        )
+
     @property
     def memory(self) -> list[Tensor]:
         """What layers take of the device's memory, uint8 [bytes] each: those that stay there, and the slots."""
@@ -121,6 +139,7 @@ class DeviceSide:
         for view in self._views:
             view.detach()
         self._handles, self._views, self.copies, self.ring, self.spare = [], [], None, None, None
+        self._lent = {}
         self.device.settle()
         while self._pinned:
             arena = self._pinned.pop()
@@ -185,7 +204,7 @@ class DeviceSide:
         self.ring = Slots(blobs, slots, self.copies, self._poison, self.device.mark_compute)
         lent = LentLayers(self.ring, lambda position, memory: parts.view_of(blobs[position], memory, copies))
         for position, blob in enumerate(blobs):
-            self._handles += lent.hook(parts.module_of(blob.module), position)
+            self._lend(parts.module_of(blob.module), blob.module, lent, position)
 
     def _map(
         self,
@@ -203,7 +222,11 @@ class DeviceSide:
 
             lent = MappedLayers(lender, view_of, self.device, scratch)
             for position, blob in mine.items():
-                self._handles += lent.hook(parts.module_of(blob.module), position)
+                self._lend(parts.module_of(blob.module), blob.module, lent, position)
+
+    def _lend(self, module: nn.Module, name: str, lent: LentLayers, position: int) -> None:
+        self._handles += lent.hook(module, position)
+        self._lent[name] = partial(lent.lent, position, module)
 
 
 def move_buffers(model: nn.Module, host_layers: list[nn.Module], device: torch.device) -> None:

@@ -122,6 +122,9 @@ def _finish(model: PreTrainedModel, executor: Executor, wishes: Wishes, costs: C
     if executor.device_side is not None:
         recover(model, executor, wishes, costs)
     key_offsets = {index: layer.key_offset for index, layer in read_kv(checkpoint).items()} if wishes.kv else {}
+    for index, how in enumerate(executor.placement.hows):  # where a captured step finds them for every cache
+        if how != "host" and key_offsets.get(index) is not None:
+            key_offsets[index] = key_offsets[index].to(executor.device)
     if wishes.kv == "int8" and not use_int8_attention(model, key_offsets):
         _log.warning("%s: its attention takes no int8 keys; they are widened at every step", type(model).__name__)
     executor.kv, executor.kv_bytes = wishes.kv, wishes.kv_bytes

@@ -79,7 +79,12 @@ class MappedLayers(LentLayers):
 
     def _before_tokens(self, position: int, layer: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
         hidden: Tensor = arguments[0] if arguments else options["hidden_states"]
-        tokens = hidden.numel() // hidden.shape[-1]
+        self._lend(position, hidden.numel() // hidden.shape[-1])
+
+    def _before(self, position: int, layer: nn.Module, arguments: Any) -> None:
+        self._lend(position, tokens=1)
+
+    def _lend(self, position: int, tokens: int) -> None:
         slot = self._lender.wait(position)
         arena = self._lender.arenas[slot]
         if tokens <= self._device.most_mapped and arena.pinned:

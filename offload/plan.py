@@ -112,6 +112,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     from offload.planning.device_needs import device_scratch
     from offload.planning.forecast import PREFILL_TOKENS, Subject
     from offload.planning.needs import count_needs
+    from offload.planning.step_needs import step_shape, with_steps
     from offload.skeleton import build_skeleton, read_config
     from offload.units import Units
 
@@ -145,6 +146,9 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
         wishes = _on_device(wishes, machine)
     rows = options.batch * min(options.context, PREFILL_TOKENS)
     scratch = device_scratch(checkpoint, dtype, machine.gpu, rows, options.batch)
+    if options.batch == 1:
+        step = step_shape(config, checkpoint, dtype, options.context, machine.gpu, wishes.kv)
+        scratch = with_steps(scratch, step)
     return Subject(
         shape=Shape.of(checkpoint, units, config, dtype.itemsize, wishes),
         needs=replace(

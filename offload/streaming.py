@@ -221,11 +221,13 @@ class Executor:
         self.fuse()
 
     def fuse(self) -> None:
-        """Let single tokens take the fused call in layers that the host computes, and in no others."""
+        """Let single tokens take a way of their own through the layers that are proved, but for those in parts."""
         unfuse(self.layers)
         on_host = {at: layer for at, layer in enumerate(self.layers) if self.placement.hows[at] == "host"}
         if compiled_library() is not None:
             fuse(self.model, on_host, self._in_memory, FusedLayer, torch.device("cpu"))
+        if self.device_side is not None:
+            self.device_side.fuse(self.model, self._parts, self.placement)
 
     def attach_layers(self) -> None:
         """Read the layers that stay in memory, and hook what is streamed. Raises what `attach` raises."""

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.attention import CompiledAttention, DequantizedAttention, append_tokens
 from kernels.kv_block import BLOCK_TOKENS, KVBlocks
@@ -86,6 +87,7 @@ class FakeDevice:
         self.total_bytes, self.used_bytes = 8 << 30, 100 << 20
         self.lock = threading.RLock()
         self.allocations = self.copies = self.copied_back_bytes = self.pins = self.stamps = self.read_laters = 0
+        self.captures = self.replays = 0
         self.held_bytes = self.peak_bytes = self.buffers_bytes = 0
         self.gpu = GpuKind(8, 4)
         self.fused_batch, self.split_products = tuning_of(self.gpu.capability).fused_batch, 0
@@ -213,6 +215,27 @@ class FakeDevice:
             self.run_copies(fence.clock.get("copy", 0))
             join(self.clock_of("compute"), fence.clock)
 
+    def capture(self, queue: Callable[[], None]) -> Callable[[], None]:
+        """Keep what is launched, with its operands as they are now: whatever else `queue` does is not replayed."""
+        launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        run = InterpretedFunction.run
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(
+                InterpretedFunction,
+                "run",
+                lambda *arguments, **options: launches.append((arguments[0], arguments[1:], options)),
+            )
+            queue()
+        assert launches, "nothing is captured"
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            for kernel, arguments, options in launches:
+                run(kernel, *arguments, **options)
+
+        return replay
+
     def read_later(self, value: Tensor) -> Callable[[], bool]:
         self.read_laters += 1
         fence, held = self.mark_compute(), value.clone()
@@ -282,8 +305,13 @@ class FakeDevice:
 
 
 @contextmanager
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) -> Iterator[FakeDevice]:
-    """Let `load` find a device, and tell it of every module that runs, of keys and values, and of reads from disk."""
+def fake_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None, steps: bool = False
+) -> Iterator[FakeDevice]:
+    """Let `load` find a device, and tell it of every module that runs, of keys and values, and of reads from disk.
+
+    steps: let single tokens take captured steps, where Triton interprets.
+    """
     device = device or FakeDevice()
     read_into = FileReader.read_into
     _watch_cache(monkeypatch, device)
@@ -304,6 +332,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice | None = None) 
 
     monkeypatch.setattr(FileReader, "read_into", watched)
     monkeypatch.setattr("offload.executor.find_device", lambda: device)
+    if steps:
+        _watch_launches(monkeypatch, device)
+    else:
+        monkeypatch.setattr("offload.device_side.fuse", lambda *_: 0)
     handle = register_module_forward_hook(touch)
     try:
         yield device
@@ -325,6 +357,19 @@ def watch_reads(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
 
     watch("cpu")
     watch("tolist")
+
+
+def _watch_launches(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
+    """Tell a device of the operands of every kernel of Triton's."""
+    run = InterpretedFunction.run
+
+    def watched(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        for operand in arguments:
+            if isinstance(operand, Tensor):
+                device.kernel_reads(operand)
+        return run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", watched)
 
 
 def _watch_cache(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:

@@ -75,14 +75,15 @@ def placed(
     name: str,
     poison: bool = True,
     device: FakeDevice | None = None,
+    steps: bool = False,
     **words: Any,
 ) -> Iterator[tuple[PreTrainedModel, FakeDevice]]:
-    """A model placed as PLACEMENTS says, on a fake device. words: for `load`."""
+    """A model placed as PLACEMENTS says, on a fake device. steps: see `fake_gpu`. words: for `load`."""
 
     def plan(needs: Needs, *_: Any) -> Placement:
         return Placement(**{"depth": 0, "needs": needs, "budget_bytes": None, **PLACEMENTS[name]})
 
-    with fake_gpu(monkeypatch, device) as found:
+    with fake_gpu(monkeypatch, device, steps) as found:
         monkeypatch.setattr("offload.executor.plan", plan)
         model = load(directory, n_gpu_layers=-1, poison=poison, **words)
         monkeypatch.setattr("offload.executor.plan", real_plan)

@@ -44,14 +44,17 @@ class DeviceScratch:
 
     converted: of each layer, copies of what is wanted in another dtype than it has; moved: those of a layer that is
     read across the bus, all that is not packed. product: the most that a product takes beside operands and result, see
-    `product_bytes`. raw: the largest shard around the layers that is given up once it is converted. In host memory,
-    shard: the largest around the layers, on its way; bounce: buffers that copies go through where it is not pinned.
+    `product_bytes`. raw: the largest shard around the layers that is given up once it is converted. step: memory that
+    captured decode steps work in; graphs: those of one layer in one place. In host memory, shard: the largest around
+    the layers, on its way; bounce: buffers that copies go through where it is not pinned.
     """
 
     converted_bytes: tuple[int, ...] = ()
     moved_bytes: tuple[int, ...] = ()
     product_bytes: int = 0
     raw_bytes: int = 0
+    step_bytes: int = 0
+    graphs_bytes: int = 0
     shard_bytes: int = 0
     bounce_bytes: int = 0
 

@@ -14,6 +14,7 @@ from offload.kv_shelf import shelved_bytes
 from offload.layer_view import copied_bytes
 from offload.memory import own_memory_bytes, whole_pages
 from offload.planning.device_needs import DeviceScratch, SplitNeeds, device_scratch, is_given_up, split_needs
+from offload.planning.step_needs import step_shape, with_steps
 from offload.planning.wishes import KVFormat
 from offload.units import Units
 
@@ -161,7 +162,10 @@ def count_needs(
         head_blocks_bytes=() if units.head is None else tuple(whole_pages(b.nbytes) for b in units.head.blocks()),
         experts=expert_needs(config, units),
         shelf_bytes=away,
-        device=device_scratch(checkpoint, dtype, gpu, batch_size * min(context_tokens, chunk_tokens), batch_size),
+        device=with_steps(
+            device_scratch(checkpoint, dtype, gpu, batch_size * min(context_tokens, chunk_tokens), batch_size),
+            None if batch_size > 1 else step_shape(config, checkpoint, dtype, context_tokens, gpu, kv),
+        ),
         split=split_needs(units, dtype),
         standing_in_parts_bytes=others * standing.in_parts_bytes,
     )

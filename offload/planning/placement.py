@@ -156,6 +156,7 @@ class Placement:
         needs = self.needs
         around = needs.device_runtime_bytes + needs.fixed_bytes + self.device_cache_bytes
         scratch = self.device_copies_bytes + needs.device.product_bytes + self.device_loading_bytes
+        scratch += self.device_steps_bytes
         return around + self.device_working_bytes + self.layers_device_bytes + scratch
 
     @property
@@ -167,6 +168,17 @@ class Placement:
     def device_copies_bytes(self) -> int:
         """Copies on the GPU of what layers cannot use there as it lies: norms and biases, mostly."""
         return self.needs.device.copies_bytes(self.hows, self.needs.split if self.split else None)
+
+    @property
+    def device_steps_bytes(self) -> int:
+        """What captured decode steps take on the GPU: one of each layer in each place where its weights may lie."""
+        depths = {"resident": 1, "mapped": 1, "staged": 0 if self.split else self.device_depth}
+        read_ahead = self.depth if self.way == "mapped" else 1
+        tiers = zip(self.tiers, self.hows, strict=True)
+        places = sum(
+            depths.get(how, 0) * (read_ahead if tier == "disk" and how == "mapped" else 1) for tier, how in tiers
+        )
+        return self.needs.device.step_bytes + places * self.needs.device.graphs_bytes if places else 0
 
     @property
     def device_loading_bytes(self) -> int:

@@ -68,6 +68,7 @@ def _device_scratch(placement: Placement) -> list[Part]:
     parts = [
         Part("copies of norms and biases", placement.device_copies_bytes),
         Part("a weight dequantized, or sums of its splits", placement.needs.device.product_bytes),
+        Part("decode steps that are replayed", placement.device_steps_bytes),
         Part("a shard while it is converted", placement.device_loading_bytes),
     ]
     return [part for part in parts if part.nbytes]
