@@ -29,13 +29,15 @@ class Offer:
     """A placement this machine can offer, in words and as what `load` is asked for.
 
     alike: those that are computed by the same kernels, and so to the same bits. arrangement: of the layers once the
-    model is loaded, see `offload.planning.arrangement`; None to leave them.
+    model is loaded, see `offload.planning.arrangement`; None to leave them. modules: single tokens go through
+    transformers' modules, as they do where layers come in parts.
     """
 
     name: str
     words: "WishWords"
     alike: str = "host"
     arrangement: str | None = None
+    modules: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +127,18 @@ def offers(checkpoint: "Checkpoint", available_bytes: int) -> list[Offer]:
 def device_offers(checkpoint: "Checkpoint", available_bytes: int, device: "Device") -> list[Offer]:
     """Return those of a GPU, the reference of each kind first.
 
-    Weights in its memory and weights across the bus are multiplied by different kernels; layers that the host computes
-    for it take those of `offers`.
+    Weights in its memory and weights across the bus are multiplied by different kernels, and single tokens replayed or
+    not by others again; layers that the host computes for it take those of `offers`.
     """
     on_device = checkpoint.nbytes < device.total_bytes - device.used_bytes
     names = ["resident", "half staged"] if on_device else []
-    names += ["staged", "staged in parts"] if checkpoint.nbytes < available_bytes else []
-    names += ["disk to staged", "disk to staged in parts"]
+    names += ["staged"] if checkpoint.nbytes < available_bytes else []
+    names += ["disk to staged"]
     found = [Offer(f"GPU: {name}", {"device_map": "auto"}, "device", name) for name in names]
+    found.append(Offer(f"GPU: {names[0]}, modules", {"device_map": "auto"}, "modules", names[0], modules=True))
+    names = ["staged in parts"] if checkpoint.nbytes < available_bytes else []
+    names += ["disk to staged in parts"]
+    found += [Offer(f"GPU: {name}", {"device_map": "auto"}, "modules", name, modules=True) for name in names]
     names = (["mapped"] if checkpoint.nbytes < available_bytes else []) + ["disk to mapped"]
     return found + [Offer(f"GPU: {name}", {"device_map": "auto"}, "mapped", name) for name in names]
 
@@ -174,6 +180,7 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
     from offload.cache import CACHE_NAME
     from offload.executor import executor_of, load
     from offload.planning.arrangement import arranged
+    from offload.proved import unfuse
 
     context = options.prompt_tokens + options.new_tokens
     mode: Any = "exact" if options.exact else "fast"
@@ -184,6 +191,8 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
     try:
         if offer.arrangement is not None:
             executor.rearrange(arranged(executor.placement, offer.arrangement))
+        if offer.modules:
+            unfuse(executor.layers)
         with torch.inference_mode():
             output = model(tokens[:, : options.prompt_tokens], use_cache=True)
             logits, started = [output.logits], time.perf_counter()
