@@ -56,6 +56,8 @@ def test_without_a_device_there_are_the_tiers_of_the_host(tmp_path: Path, capsys
     assert main(["tiers", *flags, "--tiers", "host,disk to host", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["tier"], row["link"]) for row in rows[::2]] == [("host", "memory"), ("disk to host", "disk")]
+    assert all(row["x_modules"] > 0 for row in rows[::2])
+    assert [row["x_modules"] for row in rows[1::2]] == ["", ""]
     assert main(["tiers", *flags]) == 4
     assert "no CUDA device here" in capsys.readouterr().err
     assert main(["tiers", *flags, "--tiers", "attic"]) == 2

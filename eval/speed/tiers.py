@@ -1,7 +1,8 @@
 """One model whose layers take every tier in turn: how fast it decodes and reads a prompt, and how much of the link.
 
-The same loaded model is rearranged from one tier to the next. Beside each the link that bounds it is measured, and
-accelerate's `cpu_offload` of the same shape in bfloat16 on the same GPU, where both are there.
+The same loaded model is rearranged from one tier to the next. Beside each the link that bounds it is measured, what
+single tokens take through transformers' modules alone, and accelerate's `cpu_offload` of the same shape in bfloat16 on
+the same GPU, where both are there.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from offload.errors import ToolkitError, UsageError
 from offload.executor import executor_of, load, new_cache
 from offload.limit import Limit, measure_limit
 from offload.planning.arrangement import ARRANGEMENTS, WITHOUT_A_DEVICE, arranged
+from offload.proved import unfuse
+from offload.single_token import stand_ins
 from offload.trace import Trace
 
 _PROMPT_TOKENS = 16
@@ -40,14 +43,14 @@ class TiersReport(Rows):
         """Return a line for each."""
         lines = [
             f"{'tier':15} {'batch':>5} {'tokens/s':>9} {'over the link':>14} {'link':>14} {'GB/s':>7} {'of it':>6} "
-            f"{'prompt':>9} {'x accelerate':>12}"
+            f"{'prompt':>9} {'x modules':>9} {'x accelerate':>12}"
         ]
         for row in self.measured:
             prompt = f"{row['prompt_s']:.3f} s" if row["prompt_s"] != "" else ""
             lines.append(
                 f"{row['tier']:15} {row['batch']:5} {row['tokens_per_s']:9.2f} "
                 f"{format_bytes(row['link_bytes_per_token']):>14} {row['link']:>14} {row['link_gb_per_s']:7.2f} "
-                f"{row['of_link']:6.0%} {prompt:>9} {row['x_accelerate']:>12}"
+                f"{row['of_link']:6.0%} {prompt:>9} {row['x_modules']:>9} {row['x_accelerate']:>12}"
             )
         return "\n".join(lines)
 
@@ -126,8 +129,21 @@ def _rows_of(
     prompt_seconds: float | None = _prefill(loaded, options.prompt_tokens)
     for batch in batches:
         seconds = _decode(loaded, batch, options.tokens)
-        yield _row(name, batch, seconds, measure_limit(executor), prompt_seconds)
+        row = _row(name, batch, seconds, measure_limit(executor), prompt_seconds)
+        yield row | {"x_modules": _x_modules(loaded, options.tokens, seconds) if batch == 1 else ""}
         prompt_seconds = None  # of one sequence, whatever decodes
+
+
+def _x_modules(loaded: PreTrainedModel, tokens: int, seconds: list[float]) -> float | str:
+    """Return how many times `seconds` a token takes through transformers' modules; "" where it goes through them."""
+    executor = executor_of(loaded)
+    if not stand_ins(executor.layers):
+        return ""
+    unfuse(executor.layers)
+    try:
+        return round(statistics.median(_decode(loaded, 1, tokens)) / statistics.median(seconds), 3)
+    finally:
+        executor.fuse()
 
 
 def _trace(loaded: PreTrainedModel, name: str, path: Path) -> None:
