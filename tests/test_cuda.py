@@ -1,14 +1,19 @@
 """What only a GPU can show: attention over 8-bit keys and values there, and a model whose layers take every tier."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_attention import BF16, Case, random_context, random_mask, random_query
+from test_captured import PROMPT, decode
 from test_device import passes
+from torch import Tensor
 
 from kernels.kv_block import KVBlock, KVBlocks, KVContext, write_tokens
 from kernels.reference import attention_reference
+from offload.device import CudaDevice
 from offload.executor import executor_of, load
 from offload.planning.arrangement import arranged
 
@@ -65,6 +70,46 @@ def test_gpu_placements_give_the_same_bits(tiny_checkpoint: Path, reference: str
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(passes(model), expected, strict=True)), name
     executor.close()
+
+
+@pytest.mark.parametrize("name", ["resident", "staged", "disk to staged", "mapped"])
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_gpu_replays_what_it_would_launch(
+    tiny_checkpoint: Path, name: str, kv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture, replays = CudaDevice.capture, []
+
+    def counted(device: CudaDevice, queue: Callable[[], None]) -> Callable[[], None]:
+        replay = capture(device, queue)
+        return lambda: replays.append(replay())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CudaDevice, "capture", lambda _, queue: queue)
+        expected = decode_on_gpu(tiny_checkpoint, name, kv)
+    monkeypatch.setattr(CudaDevice, "capture", counted)
+    assert torch.equal(decode_on_gpu(tiny_checkpoint, name, kv), expected)
+    assert len(replays) >= 3 * 20
+    assert (expected.float() - host_decode(tiny_checkpoint, kv).float()).norm() < 0.05 * expected.float().norm()
+
+
+def decode_on_gpu(directory: Path, name: str, kv: Any) -> Tensor:
+    """The logits of tokens one by one, which pass 256 on their way, of two texts."""
+    model = load(directory, n_gpu_layers=-1, kv=kv, poison=True)
+    executor = executor_of(model)
+    executor.rearrange(arranged(executor.placement, name))
+    prompts = (PROMPT, torch.cat([PROMPT] * 36, dim=1))
+    found = [decode(model, prompt, list(range(1, 31))).cpu() for prompt in prompts for _ in range(2)]
+    executor.close()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+    return torch.cat(found)
+
+
+def host_decode(directory: Path, kv: Any) -> Tensor:
+    """The same on the host."""
+    model = load(directory, kv=kv, mode="exact")
+    prompts = (PROMPT, torch.cat([PROMPT] * 36, dim=1))
+    return torch.cat([decode(model, prompt, list(range(1, 31))) for prompt in prompts for _ in range(2)])
 
 
 def test_gpu_kernels_once_each_sanitized() -> None:
