@@ -21,13 +21,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.kv_block import BLOCK_TOKENS, MOST_FUSED_QUERIES
-from kernels.triton_attention import AttentionTile
+from kernels.triton_attention import AttentionTile, head_block
 from kernels.triton_attention_kernels import append_kernel, attention_kernel, merge_kernel
-from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel
+from kernels.triton_kernels import dequantize_kernel, matmul_kernel, read_kernel, reduce_kernel, sums_kernel
+from kernels.triton_step import DENSE_ROWS, DENSE_STAGES, dense_step, norm_warps
+from kernels.triton_step_kernels import (
+    add_kernel,
+    dense_attention_kernel,
+    gate_kernel,
+    load_kernel,
+    norm_kernel,
+    place_kernel,
+)
 from kernels.triton_tuning import TUNINGS, Tile
 
 _CAPABILITIES = (80, 90, 100)
 _HEAD_DIMS = (64, 128)
+_HIDDENS = (2048, 5120, 16384)
 _BITS_AND_GROUPS = ((4, 0), (4, 32), (4, 64), (4, 128), (8, 0), (8, 128))
 _SHARED_LIMIT_BYTES = 99 << 10
 _MULTIPLES_OF_16 = ("N", "K", "row_bytes")
@@ -111,8 +121,12 @@ def configurations(capability: int) -> Iterator[Configuration]:
         splits = {"SPLITS": 16, "BLOCK": 1024, "HAS_BIAS": True}
         arguments = {"partial_SMN": "*fp32", "bias_N": f"*{dtype}", "out_MN": f"*{dtype}"}
         yield _configuration(f"reduce, {dtype}", reduce_kernel, arguments, splits, 4, 1)
+        summed = {"x_MK": f"*{dtype}", "sum_MS": "*fp32"}
+        yield _configuration(f"sums, {dtype}", sums_kernel, summed, {"STEP": 128, "STEPS": 8}, 1, 3)
         for dim in _HEAD_DIMS:
             yield from _attention(dtype, dim)
+            yield from _heads_of_a_step(dtype, dim)
+        yield from _vectors_of_a_step(dtype)
 
 
 def _fused(tile: Tile, label: str, dtype: str, pointers: dict[str, str], constants: dict[str, Any]) -> Configuration:
@@ -153,21 +167,60 @@ def _attention(dtype: str, dim: int) -> Iterator[Configuration]:
     label = f"{dtype}, heads of {dim}"
     arguments = {"query_BHND": f"*{dtype}", "addresses": "*i64", "scaling_log2": "fp32"}
     arguments |= {"out_SBNHD": "*fp32", "logsum_SBNH": "*fp32"}
-    for queries, masked in product((1, MOST_FUSED_QUERIES + 1), (False, True)):
+    kinds = [*product((1, MOST_FUSED_QUERIES + 1), ("causal", "masked")), (1, "replayed")]
+    for queries, kind in kinds:
+        masked, replayed = kind == "masked", kind == "replayed"
         tile = AttentionTile.of(dim, dim, queries)
         constants: dict[str, Any] = {"KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_TOKENS": BLOCK_TOKENS, "PTX": True}
         constants |= {"KEY_BLOCK": tile.key_block, "VALUE_BLOCK": tile.value_block, "STEP": tile.step_tokens}
-        constants |= {"GROUP": 4, "BLOCK_M": tile.rows, "HAS_MASK": masked, "TOKENS_IN_MEMORY": False}
+        constants |= {"GROUP": 4, "BLOCK_M": tile.rows, "HAS_MASK": masked, "TOKENS_IN_MEMORY": replayed}
         constants |= {} if masked else {"mask_BNT": None}
-        seen = {"mask_BNT": "*u8"} if masked else {}
-        name = f"attention of {tile.rows} rows, {label}, {'masked' if masked else 'causal'}"
-        yield _configuration(name, attention_kernel, arguments | seen, constants, tile.num_warps, tile.num_stages)
+        more = ({"mask_BNT": "*u8"} if masked else {}) | ({"tokens": "*i32"} if replayed else {})
+        name = f"attention of {tile.rows} rows, {label}, {kind}"
+        yield _configuration(name, attention_kernel, arguments | more, constants, tile.num_warps, tile.num_stages)
     merged = {"part_SRD": "*fp32", "logsum_SR": "*fp32", "out_RD": f"*{dtype}"}
     sizes = {"VALUE_DIM": dim, "VALUE_BLOCK": tile.value_block}
     yield _configuration(f"merge, {label}", merge_kernel, merged, sizes, 1, 3)
     written = {"x_BKND": f"*{dtype}", "offset_KD": "*fp32", "addresses": "*i64"}
     sizes = {"DIM": dim, "BLOCK": tile.key_block, "BLOCK_TOKENS": BLOCK_TOKENS, "HAS_OFFSET": True}
     yield _configuration(f"append, {label}", append_kernel, written, sizes, 1, 3)
+
+
+def _heads_of_a_step(dtype: str, dim: int) -> Iterator[Configuration]:
+    """Yield what a decode step launches for heads of `dim` elements, beside attention over 8-bit keys and values."""
+    label, block = f"{dtype}, heads of {dim}", head_block(dim)
+    room = {"table": "*i64", "tokens_in_room": "*i32"}
+    kind = "*" + dtype
+    for int8 in (False, True):
+        vectors = {name: kind for name in ("qkv_HD", "query_norm_D", "key_norm_D", "cos", "sin", "query_HD")}
+        arguments = {**vectors, **room, "epsilon": "fp32"} | ({"offset_KD": "*fp32"} if int8 else {})
+        sizes = {"HEADS": 32, "KEY_HEADS": 8, "DIM": dim, "ROTARY": dim, "BLOCK": block, "BLOCK_TOKENS": BLOCK_TOKENS}
+        kinds = {"HAS_QUERY_NORM": True, "HAS_KEY_NORM": True, "HAS_OFFSET": int8, "INT8": int8}
+        constants = {**sizes, **kinds} | ({} if int8 else {"offset_KD": None})
+        yield _configuration(
+            f"place {'in 8 bits' if int8 else 'dense'}, {label}", place_kernel, arguments, constants, 1, 3
+        )
+    arguments = {"query_HD": kind, **room, "out_SHD": "*fp32", "logsum_SH": "*fp32", "scaling_log2": "fp32"}
+    constants = {"GROUP": 4, "DIM": dim, "BLOCK": block, "STEP": dense_step(dim, 2), "BLOCK_M": DENSE_ROWS}
+    yield _configuration(f"dense attention, {label}", dense_attention_kernel, arguments, constants, 4, DENSE_STAGES)
+
+
+def _vectors_of_a_step(dtype: str) -> Iterator[Configuration]:
+    """Yield what a decode step launches for vectors as wide as the residual stream or the MLP."""
+    kind = "*" + dtype
+    names = ("hidden_D", "cos", "sin", "hidden_in_room_D", "cos_in_room", "sin_in_room")
+    arguments = {name: kind for name in names} | {"past": "*i64", "table": "*i64", "tokens_in_room": "*i32"}
+    yield _configuration(f"load, {dtype}", load_kernel, arguments, {"BLOCK": 1024}, 4, 3)
+    for hidden, added in product(_HIDDENS, (False, True)):
+        block = triton.next_power_of_2(hidden)
+        arguments = {name: kind for name in ("x_D", "norm_D", "sum_D", "out_D")} | {"epsilon": "fp32"}
+        arguments |= {"added_D": kind} if added else {}
+        constants = {"D": hidden, "BLOCK": block, "HAS_ADDED": added} | ({} if added else {"added_D": None})
+        name = f"norm of {'a sum of ' if added else ''}{hidden}, {dtype}"
+        yield _configuration(name, norm_kernel, arguments, constants, norm_warps(block), 3)
+    yield _configuration(f"gate, {dtype}", gate_kernel, {"gate_up_D": kind, "out_D": kind}, {"BLOCK": 1024}, 4, 3)
+    added_up = {name: kind for name in ("x_D", "y_D", "out_D")}
+    yield _configuration(f"add, {dtype}", add_kernel, added_up, {"BLOCK": 1024}, 4, 3)
 
 
 def _configuration(
@@ -247,7 +300,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     failed = 0
     for (configuration, _), result in zip(pairs, results, strict=True):
-        fused = configuration.kernel in (matmul_kernel, attention_kernel)
+        fused = configuration.kernel in (matmul_kernel, attention_kernel, dense_attention_kernel)
         failures = result.failures(fused, configuration.most_instructions)
         failed += bool(failures)
         print(

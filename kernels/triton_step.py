@@ -24,7 +24,10 @@ from kernels.triton_tuning import plan_launch, tuning_of
 
 _BLOCK = 1024
 _NORM_ELEMENTS_PER_WARP = 512
-_DENSE_ROWS, _SMALLEST_STEP = 16, 16
+DENSE_ROWS, DENSE_STAGES = 16, 3
+"""Queries of a program of attention over a dense past, as few as tensor cores take, and what is under way to it."""
+
+_SMALLEST_STEP = 16
 
 
 def load(room: StepRoom, hidden: Tensor, cos: Tensor, sin: Tensor, past: Tensor, tokens: int) -> None:
@@ -152,7 +155,7 @@ def _attend(layer: DecoderLayer, room: StepRoom) -> None:
         )
     else:
         group, step = shape.heads // shape.key_heads, dense_step(dim, shape.dtype.itemsize)
-        dense_attention_kernel[shape.key_heads, shape.splits, triton.cdiv(group, _DENSE_ROWS)](
+        dense_attention_kernel[shape.key_heads, shape.splits, triton.cdiv(group, DENSE_ROWS)](
             queries,
             room["table"],
             room["tokens"],
@@ -164,8 +167,8 @@ def _attend(layer: DecoderLayer, room: StepRoom) -> None:
             DIM=dim,
             BLOCK=head_block(dim),
             STEP=step,
-            BLOCK_M=_DENSE_ROWS,
-            num_stages=3,
+            BLOCK_M=DENSE_ROWS,
+            num_stages=DENSE_STAGES,
         )
     if shape.splits > 1:
         launch_merge(parts, room["logsums"], mixed.view(shape.heads, dim), shape.splits)

@@ -156,8 +156,9 @@ def place_kernel(
         if INT8:
             rows: tl.constexpr = KEY_HEADS * BLOCK_TOKENS
             x = x.to(tl.float32)
-            if HAS_OFFSET:
-                x -= tl.load(offset_KD + key_head * DIM + d, mask=inside & (of_values == 0), other=0.0)
+            if HAS_OFFSET:  # noqa: SIM102 - this is known when it is compiled, what follows is not
+                if of_values == 0:
+                    x -= tl.load(offset_KD + key_head * DIM + d, mask=inside, other=0.0)
             address = tl.load(table + token // BLOCK_TOKENS)
             row = key_head * BLOCK_TOKENS + token % BLOCK_TOKENS
             scales_byte = 2 * rows * DIM + of_values * 2 * rows

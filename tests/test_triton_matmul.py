@@ -295,9 +295,14 @@ def test_configurations_are_every_tile_group_dtype_and_kind_of_zero(by_name: dic
     kinds = [
         f"attention of {rows} rows, {{}}, heads of {{}}, {seen}" for rows in (16, 64) for seen in ("causal", "masked")
     ]
-    kinds += ["merge, {}, heads of {}", "append, {}, heads of {}"]
+    kinds += ["attention of 16 rows, {}, heads of {}, replayed", "merge, {}, heads of {}", "append, {}, heads of {}"]
+    kinds += [f"{kernel}, {{}}, heads of {{}}" for kernel in ("dense attention", "place dense", "place in 8 bits")]
     attention = {kind.format(*of) for kind in kinds for of in product(("fp16", "bf16"), (64, 128))}
-    assert set(by_name) == {"read", "reduce, fp16", "reduce, bf16"} | attention | {
+    vectors = [f"norm of {added}{hidden}" for hidden in (2048, 5120, 16384) for added in ("", "a sum of ")]
+    plain = {
+        f"{kernel}, {of}" for kernel in ("reduce", "sums", "load", "gate", "add", *vectors) for of in ("fp16", "bf16")
+    }
+    assert set(by_name) == {"read"} | plain | attention | {
         f"{kernel}, int{bits}, {dtype}, group {group}, {zero}"
         for kernel in names
         for dtype in ("fp16", "bf16")
