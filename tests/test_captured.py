@@ -79,9 +79,9 @@ def through_modules(directory: Path, prompt: Tensor = PROMPT, **words: Any) -> T
         return decode(load(directory, dtype=torch.float32, mode="exact", **words), prompt)
 
 
-def alike(found: Tensor, truth: Tensor) -> bool:
+def alike(found: Tensor, truth: Tensor, steps: int = 16) -> bool:
     """Whether float16 is as near to float32 as its modules are: within some steps of its own."""
-    return bool((found.float() - truth).abs().max() < 16 * torch.finfo(torch.float16).eps * truth.abs().max())
+    return bool((found.float() - truth).abs().max() < steps * torch.finfo(torch.float16).eps * truth.abs().max())
 
 
 Within = Callable[..., Any]
@@ -167,7 +167,7 @@ def test_one_captured_step_serves_every_sequence(
     for one, other in zip(found, alone, strict=True):
         assert torch.equal(one, other)
     for one, prompt in zip(alone, (PROMPT, torch.cat([PROMPT] * 36, dim=1)), strict=True):
-        assert alike(one, through_modules(directory, prompt, kv=kv))
+        assert alike(one, through_modules(directory, prompt, kv=kv), 16 if kv is None else 48)  # codes may be others
     assert (captures, later) == (3, 3)  # the last token of the second was the first behind 256
 
 
