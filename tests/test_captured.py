@@ -243,6 +243,31 @@ def test_batches_masks_and_pasts_in_host_memory_are_not_replayed(within: Within,
     assert within(not_taken, tiny_checkpoint) == [0, 0, 0]
 
 
+def hidden_states(directory: Path) -> list[Tensor]:
+    """What is between the layers for a token that is replayed."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        placed(patch, directory, "resident", steps=True, **EXACT) as (model, _),
+        torch.inference_mode(),
+    ):
+        cache = new_cache(model)
+        for token in (PROMPT, torch.tensor([[5]]), torch.tensor([[6]])):
+            states = model(token, past_key_values=cache, output_hidden_states=True).hidden_states
+        return [state[0, 0].clone() for state in states[:-1]]  # the last is normed
+
+
+def test_what_a_layer_gave_outlives_the_next_one(within: Within, tiny_checkpoint: Path) -> None:
+    found = within(hidden_states, tiny_checkpoint)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr("offload.streaming.fuse", lambda *_: 0)
+        model = load(tiny_checkpoint, dtype=torch.float32, mode="exact")
+        text = torch.cat([PROMPT, torch.tensor([[5, 6]])], dim=1)
+        expected = model(text, output_hidden_states=True).hidden_states
+    assert len(found) == 3
+    for one, other in zip(found, expected, strict=False):
+        assert alike(one, other[0, -1])
+
+
 def generated(directory: Path) -> tuple[list[int], int, int, int]:
     """What generate() gives, replays, the most that the device held, and what was planned of it but for torch's own."""
     with pytest.MonkeyPatch.context() as patch:
