@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kernels.decoder import DecoderLayer
 from kernels.kv_block import BLOCK_TOKENS
+from kernels.packed import GROUP_SIZES
 from kernels.triton_tuning import SPLIT_TOKENS, GpuKind, WeightShape, product_bytes, split_tokens
 
 _ALIGNMENT_BYTES = 128
 _DENSE_TABLE = 3
-_SMALLEST_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class StepShape:
             "residual": (self.hidden, self.dtype),
             "gate_up": (2 * self.mlp, self.dtype),
             "gated": (self.mlp, self.dtype),
-            "sums": (-(-widest // _SMALLEST_GROUP), torch.float32),
+            "sums": (-(-widest // min(GROUP_SIZES)), torch.float32),
             "splits": (product_bytes(self.weights, 1, self.dtype.itemsize, self.gpu) // 4, torch.float32),
             "out": (self.hidden, self.dtype),
         }

@@ -114,10 +114,15 @@ def summed_step(weight: PackedWeight, launch: Launch) -> int:
 
 
 def launch_sums(x: Tensor, step: int, sums: Tensor) -> None:
-    """Launch the sums of every `step` activations of x [M, K], contiguous: float32, at least [M, ceil(K / step)]."""
+    """Launch the sums of every `step` activations of x [M, K], contiguous: float32 [M, ceil(K / step)], or longer.
+
+    Raises ValueError if `sums` is too small.
+    """
     M, K = x.shape
-    grid = (triton.cdiv(triton.cdiv(K, step), _SUMS), M)
-    sums_kernel[grid](x, sums, K, STEP=step, STEPS=_SUMS, num_warps=1)
+    steps = triton.cdiv(K, step)
+    if sums.numel() < M * steps or sums.dtype != torch.float32:
+        raise ValueError(f"sums: expected float32 of {M * steps} elements, found {sums.numel()}")
+    sums_kernel[triton.cdiv(steps, _SUMS), M](x, sums, K, STEP=step, STEPS=_SUMS, num_warps=1)
 
 
 def launch_product(

@@ -37,7 +37,8 @@ from kernels.triton_tuning import GpuKind, product_bytes, split_tokens
 # the interpreter's bfloat16 is wrong
 STEP_CASES = [
     *(replace(case, dtype=case.dtype if case.dtype == FP32 else FP16) for case in CASES),
-    Case(dtype=FP32, group_size=4096, symmetric=False, tokens=63),  # a group a row
+    # a group a row, where codes of 4 and 8 bits want sums of other steps
+    Case(dtype=FP32, hidden=160, group_size=4096, bits=(8, 4, 8, 4, 8, 4, 4), symmetric=False, tokens=63),
     Case(dtype=FP16, heads=34, head_dim=16, rotary=8, joined=True, bias=True, tokens=64),  # more than a tile of queries
     Case(dtype=FP16, bits=(8, 4, 4, 8, 4, 8, 8), symmetric=False, head_norms=True, rotary=16, tokens=511),
 ]
@@ -372,6 +373,7 @@ def test_a_room_is_as_large_as_announced_and_its_parts_lie_apart() -> None:
         room[name].view(torch.uint8).fill_(1)
     assert int(memory.sum()) == taken > large.nbytes - 128 * len(large.parts())
     assert room["splits"].nbytes == product_bytes(large.weights, 1, 2, large.gpu) > 0
+    assert room["sums"].numel() == case.hidden // 32
     assert room.out.shape == (case.hidden,)
     with pytest.raises(ValueError, match=f"memory: expected contiguous uint8 of {large.nbytes} at a multiple of 16"):
         StepRoom(large, memory[:-1])

@@ -19,7 +19,7 @@ from kernels.ahead_of_time import Compiled, Configuration, compile_one, configur
 from kernels.matmul import dequant_matmul
 from kernels.packed import BITS, PackedWeight, dequantize, pack
 from kernels.triton_kernels import _BF16_LESS_8, _FP16_LESS_8, matmul_kernel
-from kernels.triton_matmul import dequant_matmul_triton, fused, read_sums, workspace_elements
+from kernels.triton_matmul import dequant_matmul_triton, fused, launch_sums, read_sums, workspace_elements
 from kernels.triton_tuning import TUNINGS, GpuKind, Launch, Tuning, WeightShape, plan_launch, product_bytes
 
 # a row of N=70 is two tiles; K with and without a last step that is not full; 1088 takes two blocks to dequantise
@@ -124,6 +124,20 @@ def interpreted_workspace() -> None:
     assert product_bytes([shape, WeightShape(7, 64, 64, 4)], 1000, 200, gpu) == 33 * 1024 * 200  # dequantized
 
 
+def interpreted_sums() -> None:
+    """Assert that the sums of whole steps and of what remains are those of torch, and that nothing lies behind them."""
+    torch.manual_seed(0)
+    for M, K, step in ((3, 200, 64), (1, 1088, 32), (2, 128, 128)):
+        x, steps = torch.randn(M, K).half(), -(-K // step)
+        sums = torch.full((M * steps + 9,), float("nan"))
+        launch_sums(x, step, sums)
+        expected = torch.nn.functional.pad(x.double(), (0, steps * step - K)).view(M, steps, step).sum(-1)
+        torch.testing.assert_close(sums[: M * steps].view(M, steps).double(), expected, rtol=1e-5, atol=1e-5)
+        assert sums[M * steps :].isnan().all()
+        with pytest.raises(ValueError, match=f"sums: expected float32 of {M * steps} elements, found {M * steps - 1}"):
+            launch_sums(x, step, sums[10:])
+
+
 def interpreted_reads() -> None:
     """Assert that every word of a buffer is read once, where the last block is and is not full."""
     torch.manual_seed(0)
@@ -163,6 +177,10 @@ def test_interpreted_launches_err_at_most_twice_as_much_as_torch(interpreter: Pr
 
 def test_interpreted_workspace(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(interpreted_workspace).result(timeout=60)
+
+
+def test_interpreted_sums(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_sums).result(timeout=60)
 
 
 def test_interpreted_reads(interpreter: ProcessPoolExecutor) -> None:
