@@ -37,6 +37,7 @@ from kernels.triton_tuning import GpuKind, product_bytes, split_tokens
 # the interpreter's bfloat16 is wrong
 STEP_CASES = [
     *(replace(case, dtype=case.dtype if case.dtype == FP32 else FP16) for case in CASES),
+    Case(dtype=FP16, rotary=0),
     # a group a row, where codes of 4 and 8 bits want sums of other steps
     Case(dtype=FP32, hidden=160, group_size=4096, bits=(8, 4, 8, 4, 8, 4, 4), symmetric=False, tokens=63),
     Case(dtype=FP16, heads=34, head_dim=16, rotary=8, joined=True, bias=True, tokens=64),  # more than a tile of queries
@@ -452,29 +453,28 @@ def test_gpu_graph_serves_every_sequence(int8: bool, pinned: bool) -> None:
     shape = StepShape.of(layer, case.rotary, case.dtype, int8, 1024)
     rooms = [StepRoom(shape, torch.full((shape.nbytes,), 0xFF, dtype=torch.uint8, device="cuda")) for _ in range(2)]
     step, launched = (DeviceStep(on_gpu(layer, pinned), room) for room in rooms)
-
-    def operands(tokens: int) -> tuple[Inputs, Inputs, Tensor, Any]:
-        inputs = random_inputs(replace(case, tokens=tokens))
-        given = Inputs(
-            inputs.hidden.cuda(), inputs.cos.cuda(), inputs.sin.cuda(), inputs.keys.cuda(), inputs.values.cuda()
-        )
-        blocks = int8_blocks(given, tokens, None)
-        return inputs, given, blocks.device_addresses(torch.device("cuda", 0)) if int8 else dense_past(given), blocks
-
-    _, given, past, held = operands(5)
-    step.load(given.hidden, given.cos, given.sin, past, 5)
-    step.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.run()
+    graph: torch.cuda.CUDAGraph | None = None
     for tokens in (5, 2 * SPLIT + 77, 1023, 0):
-        inputs, given, past, held = operands(tokens)
-        for one, run in ((launched, launched.run), (step, graph.replay)):
+        inputs = random_inputs(replace(case, tokens=tokens))
+        given = Inputs(**{name: x.cuda() for name, x in vars(inputs).items()})
+        blocks = int8_blocks(given, tokens, None)
+        past = blocks.device_addresses(given.keys.device) if int8 else dense_past(given)
+        for one in (launched, step):
             one.load(given.hidden, given.cos, given.sin, past, tokens)
-            run()
+        launched.run()
+        if graph is None:
+            step.run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step.run()
+        graph.replay()
         assert torch.equal(step.out, launched.out)
+        if int8:
+            queries = step.room["queries"].view(1, case.heads, 1, -1)
+            attending = TritonAttention(queries, KVContext(blocks, tokens + 1), layer.scaling, None)
+            attending.attend(0, tokens + 1)
+            assert torch.equal(attending.result().flatten(), step.room["mixed"])
         truth, plain = (naive_step(layer, inputs, tokens, dtype)[0].double() for dtype in (torch.float64, case.dtype))
         allowed = 2 * (plain - truth).norm() + (1e-2 if int8 else 1e-6) * truth.norm()
         assert (step.out.cpu().double() - truth).norm() <= allowed
-    assert held
