@@ -21,7 +21,7 @@ And AWQ's scales can go into the layer first, learned rounding (`quant/rounding.
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -29,49 +29,23 @@ from torch import Tensor, nn
 
 from offload.command import say
 from quant import tiles
-from quant.awq import Awq, AwqSettings, scale_layer, search_clip_by_column
+from quant.awq import Awq, scale_layer, search_clip_by_column
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
 from quant.gptq_cost import LinearWork
 from quant.groupwise import Grid, Parameters, fake_quantize, kept_range, minmax, row_chunks
 from quant.hessian import Hessian, Statistics, observe, observed, record
 from quant.layer import LayerInputs, UnreachedError, inputs_of
 from quant.moments import Moments
-from quant.pass_dtype import AUTO, PASS_DTYPES, check_pass_dtype
-from quant.rounding import LearningSettings, Places, learn_rounding, learning_bytes, learning_operations
+from quant.pass_dtype import AUTO, PASS_DTYPES
+from quant.rounding import Places, learn_rounding, learning_bytes, learning_operations
 from quant.scale_groups import sets_by_input
+from quant.settings import AwqSettings, GptqSettings, LearningSettings
 from quant.tiles import times, times_squared_
 from quant.walk_inputs import most_batch_samples
 
 Seen = Callable[[str], Statistics]
 
 _BLOCK_COLUMNS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class GptqSettings:
-    """What GPTQ does besides rounding.
-
-    damping: added to the diagonal of G, in units of its mean. On text unlike the calibration's, layer 3 of SmolLM2-135M
-    loses a tenth less with 0.1 than with 0.01, on text like it 1% more; WikiText-2, calibrated on its validation text,
-    rises by 0.070 with 0.1 and by 0.061 with 0.01.
-    sequential: each linear on the inputs that the rounded ones before it give; else on the inputs that all have before
-    any is rounded, which one pass shows.
-    propagation: the share of the error of the inputs that the weights make up for, 0 if not sequential.
-    scale: AWQ's scales first. search: how finely scales and ranges are searched. learn: rounding learned afterwards.
-    pass_dtype: in which linears multiply when layers are run: "float32", "bfloat16", or "auto" until that is chosen.
-    Raises ValueError for another.
-    """
-
-    damping: float = 0.1
-    sequential: bool = True
-    propagation: float = 0.5
-    scale: bool = False
-    search: AwqSettings = field(default_factory=AwqSettings)
-    learn: LearningSettings = field(default_factory=LearningSettings)
-    pass_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        check_pass_dtype(self.pass_dtype)
 
 
 class Gptq:
@@ -82,8 +56,7 @@ class Gptq:
 
     def __init__(self, settings: GptqSettings) -> None:
         self.settings, self.pass_dtype = settings, PASS_DTYPES[settings.pass_dtype]
-        self._propagates = settings.sequential and settings.propagation > 0
-        self.needs_original = self._propagates or settings.learn.steps > 0
+        self.needs_original = settings.propagates or settings.learn.steps > 0
 
     def settings_json(self) -> dict[str, Any]:
         """Return the settings that decide the result."""
@@ -97,11 +70,11 @@ class Gptq:
         assert windows is not None, "it needs inputs"
         settings = self.settings
         batch_tokens = most_batch_samples(windows.tokens) * windows.tokens
-        how = windows, batch_tokens, grid, settings.search.clip_points, self._propagates
+        how = windows, batch_tokens, grid, settings.search.clip_points, settings.propagates
         works = [LinearWork(n, k, *how) for n, k in shapes]
         held_bytes = 0 if settings.sequential else sum(w.held_bytes for w in works)
         weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
-        passes = 2.0 * weights * tokens * (6 if self._propagates else 3)
+        passes = 2.0 * weights * tokens * (6 if settings.propagates else 3)
         operations = passes + sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
         learn_bytes = places_bytes = 0
         if settings.learn.steps:
@@ -168,7 +141,7 @@ class Gptq:
         That one is a copy, or, where statistics are on disk, the inputs that its linears had.
         """
         directory = inputs.statistics_to
-        if not self._propagates:
+        if not self.settings.propagates:
             return lambda name: observe(layer, None, inputs, name, directory)
         if directory is not None:
             recorded = record(layer, inputs.original(), [members[0] for members in sets], directory)

@@ -22,24 +22,13 @@ from torch import Tensor, nn
 from quant.cost import FLOAT_BYTES, Shape, Windows
 from quant.groupwise import Grid, Parameters, codes, values
 from quant.layer import LayerInputs
+from quant.settings import LearningSettings
 
 _HELD_OUT_SHARE = 8
 _KEPT = 0.9
 """Of what gradients were before, at each step: with 0.97 they lag behind, and steps overshoot."""
 _HALF = 0.4999
 """Of a code, and short of the middle between two, whose rounding would depend on which of them it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class LearningSettings:
-    """How long rounding is learned: not at all with no steps.
-
-    size: of the first step, in codes. samples: windows that a step sees.
-    """
-
-    steps: int = 0
-    size: float = 0.001
-    samples: int = 2
 
 
 @dataclass(frozen=True, slots=True)

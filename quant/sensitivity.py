@@ -19,15 +19,15 @@ from offload.command import Progress
 from offload.errors import UsageError
 from offload.skeleton import decoder_layers
 from offload.source_weights import SourceWeights
-from quant.awq import AwqSettings
 from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
-from quant.gptq import Gptq, GptqSettings, at_once, round_in_place
+from quant.gptq import Gptq, at_once, round_in_place
 from quant.groupwise import Grid
 from quant.hessian import Hessian
 from quant.hidden_states import HiddenStates
 from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, linears, unreached
 from quant.scale_groups import sets_by_input
+from quant.settings import AwqSettings, GptqSettings
 from quant.walk import load_layer, release
 from quant.walk_inputs import batch_samples, first_inputs
 

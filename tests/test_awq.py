@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.packed import BITS
-from quant.awq import Awq, AwqSettings, search_clip
+from quant.awq import Awq, search_clip
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax
 from quant.layer import LayerInputs, linears
 from quant.moments import Moments, mean_loss
 from quant.rtn import Rtn
 from quant.scale_groups import ScaleGroup, find_scale_groups
 from quant.scale_search import search_scale
+from quant.settings import AwqSettings
 from quant.tiles import cut
 
 SETTINGS = AwqSettings(scale_points=8, clip_points=7, clip_floor=0.5, search_samples=8)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from offload.errors import ResourceError
 from quant import gptq, groupwise, tiles
-from quant.awq import AwqSettings
 from quant.cost import Windows
-from quant.gptq import Gptq, GptqSettings, propagate, round_columns, round_in_place, round_weight
+from quant.gptq import Gptq, propagate, round_columns, round_in_place, round_weight
 from quant.groupwise import Grid, minmax
 from quant.hessian import Hessian, Recording, Statistics, observe, record
 from quant.layer import LayerInputs, inputs_of, linears
 from quant.nameless_file import NamelessFile
 from quant.preflight import Footprint
+from quant.settings import AwqSettings, GptqSettings
 from tests.test_awq import Layer
 from tests.test_gptq import correlated_inputs, gptq_run, gram_of, reference_values
 from tests.test_preflight import FOOTPRINT, llama_70b
@@ -242,7 +242,8 @@ from torch import nn
 from quant import tiles
 from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes
 from quant.cost import Windows
-from quant.gptq import Gptq, GptqSettings
+from quant.gptq import Gptq
+from quant.settings import GptqSettings
 from quant.groupwise import Grid
 from quant.hidden_states import fill, new_states
 from quant.layer import LayerInputs

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kernels.packed import dequantize
 from quant import awq, gptq, groupwise, tiles
 from quant.awq import search_clip
-from quant.gptq import Gptq, GptqSettings
+from quant.gptq import Gptq
 from quant.groupwise import Grid, fake_quantize, minmax, pack_weight, round_to_nearest_, unpack_into
 from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, inputs_of, linears
@@ -24,6 +24,7 @@ from quant.moments import Moments, mean_loss
 from quant.preflight import Footprint
 from quant.scale_groups import find_scale_groups
 from quant.scale_search import search_scale
+from quant.settings import AwqSettings, GptqSettings
 from quant.tiles import cut
 from tests.test_architectures import make_model
 from tests.test_awq import SETTINGS, Layer, correlated_gram
@@ -89,7 +90,7 @@ def test_experts_are_quantized_to_the_same_bytes(
 def test_matrices_of_many_experts_are_not_held_together() -> None:
     """128 experts as narrow as Qwen3-30B-A3B's: in memory the grams of all, with statistics on disk those of one."""
     expert = [(768, 2048), (768, 2048), (2048, 768)]
-    for method in (Gptq(GptqSettings(sequential=False, propagation=0.0)), awq.Awq(awq.AwqSettings())):
+    for method in (Gptq(GptqSettings(sequential=False, propagation=0.0)), awq.Awq(AwqSettings())):
         few, many = (method.cost(expert * count, Grid(64, True), gptq.Windows(64, 512)) for count in (1, 128))
         assert few.on_disk is not None
         assert many.on_disk is not None
@@ -232,9 +233,11 @@ import torch
 from torch import nn
 from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes
 from quant import groupwise, tiles
-from quant.awq import Awq, AwqSettings
+from quant.awq import Awq
+from quant.settings import AwqSettings
 from quant.cost import Windows
-from quant.gptq import Gptq, GptqSettings
+from quant.gptq import Gptq
+from quant.settings import AwqSettings, GptqSettings
 from quant.groupwise import Grid
 from quant.hidden_states import fill, new_states
 from quant.layer import LayerInputs, linears

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from offload.errors import UsageError
-from quant.awq import AwqSettings
 from quant.flags import with_changes
-from quant.gptq import GptqSettings
+from quant.settings import AwqSettings, GptqSettings
 
 NAMES = "damping, sequential, propagation, scale, "
 NAMES += "search.scale_points, search.clip_points, search.clip_floor, search.clip_damping, search.search_samples, "

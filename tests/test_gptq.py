@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from offload.checkpoint import Checkpoint
 from quant import gptq
-from quant.awq import AwqSettings, search_clip, search_clip_by_column
-from quant.gptq import Gptq, GptqSettings, propagate, round_columns, round_weight
+from quant.awq import search_clip, search_clip_by_column
+from quant.gptq import Gptq, propagate, round_columns, round_weight
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
 from quant.hessian import Hessian, Statistics, observe
 from quant.layer import LayerInputs, inputs_of, linears
 from quant.moments import Moments
 from quant.scale_groups import sets_by_input
+from quant.settings import AwqSettings, GptqSettings
 from quant.tiles import cut
 from tests.test_awq import Layer, explicit_loss
 from tests.test_walk import awq_flags, contents, stop_before
@@ -338,10 +339,11 @@ import torch
 from torch import nn
 from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes
 from quant.cost import Windows
-from quant.gptq import Gptq, GptqSettings
+from quant.gptq import Gptq
+from quant.settings import GptqSettings
 from quant.groupwise import Grid
 from quant.layer import LayerInputs
-from quant.rounding import LearningSettings
+from quant.settings import LearningSettings
 
 rows, width, sequential = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] != "fast"
 learn = LearningSettings(2 * (sys.argv[3] == "slow"))

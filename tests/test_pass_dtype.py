@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from offload.checkpoint import Checkpoint
 from offload.errors import UsageError
 from quant import gptq
-from quant.gptq import GptqSettings
 from quant.layer import LayerInputs, inputs_of, multiplying_in
 from quant.moments import Moments, add_gram, mirror
 from quant.pass_dtype import AUTO, of_processor, settled
+from quant.settings import GptqSettings
 from tests.test_awq import Layer
 from tests.test_gptq import gptq_run
 from tests.test_walk import contents, shards, stop_before

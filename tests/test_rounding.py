@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.awq import AwqSettings
-from quant.gptq import Gptq, GptqSettings, round_columns, round_weight
+from quant.gptq import Gptq, round_columns, round_weight
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
 from quant.layer import LayerInputs, linears
-from quant.rounding import LearningSettings, Places, learn_rounding
+from quant.rounding import Places, learn_rounding
+from quant.settings import AwqSettings, GptqSettings, LearningSettings
 from quant.tiles import cut
 from tests.test_awq import Layer
 from tests.test_gptq import correlated_inputs, gram_of, hessian_of
