@@ -6,20 +6,15 @@ Axes: N outputs, K inputs of a linear.
 from dataclasses import dataclass
 
 from quant import tiles
+from quant.clip_search import ranges_tried, searching_bytes
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
 from quant.groupwise import Grid, chunk_rows
 from quant.moments import READ_TILES
-
-CLIP_ROWS = 256
-"""Rows whose ranges are searched together: more candidates at once than the caches hold take three times as long."""
+from quant.settings import AwqSettings
+from quant.walk_inputs import most_batch_samples
 
 _SET = 4
 """Linears of one shape that share an input, at most: gates and projections, queries, keys and values."""
-
-
-def clip_rows(group_size: int) -> int:
-    """Return how many rows' ranges are searched together: fewer where a group is a row of many tiles."""
-    return max(1, CLIP_ROWS * tiles.TILE // max(group_size, tiles.TILE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +22,7 @@ class SearchWork:
     """AWQ's work on one linear.
 
     rows, width: N, K. batch_tokens: that go through the layer at a time. search_tokens: that blocks are compared on.
-    clip_points: candidates of a group's range. scale_points: of r.
+    settings: how finely it is searched.
     """
 
     rows: int
@@ -36,8 +31,7 @@ class SearchWork:
     batch_tokens: int
     search_tokens: int
     grid: Grid
-    clip_points: int
-    scale_points: int
+    settings: AwqSettings
 
     @property
     def gram_bytes(self) -> int:
@@ -60,9 +54,9 @@ class SearchWork:
     @property
     def clip_bytes(self) -> int:
         """Memory to search ranges in: some rows seven times over, candidates, a few tiles."""
-        rows, group = min(self.rows, chunk_rows(self.width)), self.grid.group(self.width)
-        candidates = self.clip_points * (2 if self.grid.symmetric else 1) * min(rows, clip_rows(group)) * group
-        return FLOAT_BYTES * (7 * rows * self.width + 4 * candidates) + 3 * self._tile_bytes
+        rows = min(self.rows, chunk_rows(self.width))
+        candidates_bytes = searching_bytes(rows, self.width, self.grid, self.settings)
+        return 7 * FLOAT_BYTES * rows * self.width + candidates_bytes + 3 * self._tile_bytes
 
     @property
     def reading_bytes(self) -> int:
@@ -80,7 +74,7 @@ class SearchWork:
         recording = FLOAT_BYTES * self.windows.samples * self.windows.tokens * self.width
         readings = -(-self._upper // READ_TILES) + (0 if self.width > tiles.TILE else 1)
         searched = -(-self.rows // chunk_rows(self.width)) * self._count**2 + 3 * self._upper
-        tried = (2 * self.scale_points + 2) * FLOAT_BYTES * self.rows * self.width
+        tried = (2 * self.settings.scale_points + 2) * FLOAT_BYTES * self.rows * self.width
         return readings * recording + searched * self._tile_bytes + tried
 
     @property
@@ -96,13 +90,14 @@ class SearchWork:
         return FLOAT_BYTES * min(self.width, tiles.TILE) ** 2
 
 
-def awq_cost(shapes: list[Shape], works: list[SearchWork], samples: int) -> Cost:
-    """Return what a layer's linears take together. samples: on which outputs are compared."""
-    first = works[0]
-    windows, grid, points = first.windows, first.grid, first.clip_points * (2 if first.grid.symmetric else 1)
-    weights = sum(n * k for n, k in shapes)
-    runs = windows.tokens * (6 * windows.samples + 2 * first.scale_points * samples)
-    clips = points * (1 if grid.symmetric else 3) * (2 * max(grid.group(k) for _, k in shapes) + 60)
+def awq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: AwqSettings) -> Cost:
+    """Return what a layer's linears take together."""
+    searched_samples = min(settings.search_samples, windows.samples)
+    batch_tokens, search_tokens = most_batch_samples(windows.tokens) * windows.tokens, searched_samples * windows.tokens
+    works = [SearchWork(n, k, windows, batch_tokens, search_tokens, grid, settings) for n, k in shapes]
+    weights, tried = sum(n * k for n, k in shapes), ranges_tried(grid, settings) * (1 if grid.symmetric else 3)
+    runs = windows.tokens * (6 * windows.samples + 2 * settings.scale_points * searched_samples)
+    clips = tried * (2 * max(grid.group(k) for _, k in shapes) + 60)
     statistics = sum(2 * k * k for _, k in shapes) * windows.samples * windows.tokens
     in_memory = sum(w.gram_bytes for w in works)
     in_memory += max(max(w.kept_bytes + w.scale_bytes, w.gram_bytes + w.clip_bytes) for w in works)

@@ -3,13 +3,17 @@
 Axes: N outputs, K inputs of a linear.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quant import tiles
-from quant.awq_cost import clip_rows
-from quant.cost import FLOAT_BYTES, Windows
+from quant.awq_cost import awq_cost
+from quant.clip_search import searching_bytes
+from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
 from quant.groupwise import Grid, chunk_rows
-from quant.hessian import PANEL_TILES
+from quant.rounding import learning_bytes, learning_operations
+from quant.settings import AwqSettings, GptqSettings
+from quant.tiles import PANEL_TILES
+from quant.walk_inputs import most_batch_samples
 
 _DOUBLE_BYTES = 8
 
@@ -18,7 +22,7 @@ _DOUBLE_BYTES = 8
 class LinearWork:
     """GPTQ's work on one linear.
 
-    rows, width: N, K. batch_tokens: that go through the layer at a time. clip_points: candidates of a group's range.
+    rows, width: N, K. batch_tokens: that go through the layer at a time. search: how finely ranges are searched.
     paired: whether the inputs of the unquantized model are looked at as well.
     """
 
@@ -27,7 +31,7 @@ class LinearWork:
     windows: Windows
     batch_tokens: int
     grid: Grid
-    clip_points: int
+    search: AwqSettings
     paired: bool
 
     @property
@@ -54,10 +58,8 @@ class LinearWork:
     def chunk_bytes(self) -> int:
         """Memory to round some rows in: the weights in float32 seven times over, what a tile carries, candidates."""
         rows = min(self.rows, chunk_rows(self.width))
-        candidates = self.clip_points * (2 if self.grid.symmetric else 1)
         weights, carried = 7 * FLOAT_BYTES * rows * self.width, 2 * _DOUBLE_BYTES * rows * min(self.width, tiles.TILE)
-        group = self.grid.group(self.width)
-        return weights + carried + 4 * FLOAT_BYTES * candidates * min(rows, clip_rows(group)) * group
+        return weights + carried + searching_bytes(rows, self.width, self.grid, self.search)
 
     @property
     def panel_bytes(self) -> int:
@@ -112,3 +114,31 @@ class LinearWork:
     @property
     def _tile_bytes(self) -> int:
         return _DOUBLE_BYTES * min(self.width, tiles.TILE) ** 2
+
+
+def gptq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: GptqSettings) -> Cost:
+    """Return what a layer's linears take together; AWQ's scales come before.
+
+    What one pass shows of all linears is held until they are rounded, and where weights stood until all are.
+    """
+    batch_tokens = most_batch_samples(windows.tokens) * windows.tokens
+    works = [LinearWork(n, k, windows, batch_tokens, grid, settings.search, settings.propagates) for n, k in shapes]
+    held_bytes = 0 if settings.sequential else sum(w.held_bytes for w in works)
+    weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
+    passes = 2.0 * weights * tokens * (6 if settings.propagates else 3)
+    operations = passes + sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
+    learn_bytes = places_bytes = 0
+    if settings.learn.steps:
+        learn_bytes, places_bytes = learning_bytes(shapes, batch_tokens), FLOAT_BYTES * weights
+        operations += learning_operations(shapes, settings.learn, windows)
+    on_disk = OnDisk(
+        observing_bytes=max(learn_bytes, places_bytes + max(w.observing_bytes for w in works)),
+        working_bytes=places_bytes + max(w.working_bytes for w in works),
+        disk_bytes=max(w.file_bytes for w in works),
+        traffic_bytes=sum(w.traffic_bytes for w in works),
+    )
+    rounding_bytes = held_bytes + places_bytes + max(w.memory_bytes for w in works)
+    cost = Cost(max(rounding_bytes, learn_bytes), operations, on_disk, pass_operations=passes)
+    if settings.learn.steps:
+        cost = replace(cost, purpose="statistics and searches, or all places and gradients of learned rounding")
+    return cost.after(awq_cost(shapes, grid, windows, settings.search)) if settings.scale else cost

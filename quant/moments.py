@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from quant.hessian import PANEL_TILES, Recording
 from quant.layer import LayerInputs, shared_inputs
-from quant.tiles import Tiles
+from quant.recording import Recording
+from quant.tiles import PANEL_TILES, Tiles
 
 _GRAM_BLOCK = 512
 """Rows of a gram that are added to together: a product of that size runs at full speed."""

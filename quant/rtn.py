@@ -9,6 +9,7 @@ from torch import nn
 from quant.cost import Cost, Shape, Windows
 from quant.groupwise import Grid, Parameters, minmax
 from quant.layer import LayerInputs
+from quant.pipeline import run_method
 
 
 class Rtn:
@@ -39,8 +40,6 @@ class Rtn:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    from quant.pipeline import run_method
-
     return run_method("rtn", Rtn, argv, {"only": None})
 
 

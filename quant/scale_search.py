@@ -1,5 +1,6 @@
 """The search for AWQ's scales: of linears that share an input, by the error of their block's output.
 
+Candidates are s = magnitude^r and s = magnitude^r / weight^(1-r) of the input channels, and identity among them.
 A set of linears is rounded under each candidate in turn, some rows at a time, in the place of the weights, of which a
 copy is kept. A linear that is alone needs none: its own output says it all.
 
@@ -18,11 +19,33 @@ from quant.groupwise import Grid, fake_quantize, minmax, row_chunks
 from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, inputs_of
 from quant.moments import Moments, mean_loss
-from quant.scale_groups import ScaleGroup
+from quant.scale_groups import ScaleGroup, find_scale_groups
+from quant.settings import AwqSettings
 
 _SMALLEST = 1e-4
 
 Loss = Callable[[Tensor], float]
+
+
+def scale_layer(
+    layer: nn.Module, inputs: LayerInputs, grids: dict[str, Grid], head_dim: int, settings: AwqSettings
+) -> tuple[Moments, dict[str, str]]:
+    """Scale `layer` (float32) in place, group after group, each by the best scale for linears that `grids` holds whole.
+
+    Returns the moments of the inputs of all linears as they are after scaling, and each group's chosen candidate.
+    """
+    seen = Moments(layer, inputs, grids)
+    chosen = {}
+    for group in find_scale_groups(layer, inputs, head_dim):
+        if not set(group.linears) <= set(grids):
+            continue
+        grid = grids[group.linears[0]]  # linears that share an input share their grid
+        search = inputs.select(slice(0, settings.search_samples))
+        scale, label = search_scale(layer, group, search, seen, grid, settings.scale_points)
+        scale = group.apply(layer, scale, grid.scale_dtype)
+        seen.divide(group.linears, scale[group.channels])
+        chosen[f"{group.absorber} -> {', '.join(group.linears)}"] = label
+    return seen, chosen
 
 
 def search_scale(

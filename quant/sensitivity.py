@@ -19,8 +19,9 @@ from offload.command import Progress
 from offload.errors import UsageError
 from offload.skeleton import decoder_layers
 from offload.source_weights import SourceWeights
+from quant.columns import round_in_place
 from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
-from quant.gptq import Gptq, at_once, round_in_place
+from quant.gptq_cost import gptq_cost
 from quant.groupwise import Grid
 from quant.hessian import Hessian
 from quant.hidden_states import HiddenStates
@@ -28,6 +29,7 @@ from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, linears, unreached
 from quant.scale_groups import sets_by_input
 from quant.settings import AwqSettings, GptqSettings
+from quant.statistics import at_once
 from quant.walk import load_layer, release
 from quant.walk_inputs import batch_samples, first_inputs
 
@@ -60,7 +62,7 @@ def measuring_cost(shapes: list[Shape], grid: Grid, windows: Windows, hidden_siz
     of a set twice. States are the layer's inputs and outputs.
     """
     few = Windows(min(_WINDOWS, windows.samples), windows.tokens)
-    rounding = Gptq(GptqSettings(sequential=False, propagation=0.0)).cost(shapes, grid, few)
+    rounding = gptq_cost(shapes, grid, few, GptqSettings(sequential=False, propagation=0.0))
     assert rounding.on_disk is not None, "GPTQ can put its statistics there"
     kept_bytes = _SET * FLOAT_BYTES * max(n * k for n, k in shapes)
     kept_bytes += 2 * FLOAT_BYTES * few.samples * few.tokens * hidden_size

@@ -18,6 +18,9 @@ TILE = 2048
 """Rows of a tile, 32 MiB in float64: products of that size run at full speed and outweigh reading their factors. A
 multiple of every group of a weight but a whole row."""
 
+PANEL_TILES = 8
+"""Tiles that are summed in one reading of what was recorded."""
+
 
 class Tiles:
     """A matrix [K, K] in tiles of `tile` rows and columns, the last ones smaller.

@@ -22,7 +22,7 @@ from offload.linear import PackedLinear
 from offload.names import names_in_model
 from offload.skeleton import build_skeleton, read_config
 from offload.source_weights import SourceWeights
-from quant import awq, gptq, rtn
+from quant import awq, gptq, rtn, statistics
 from quant.groupwise import Grid, minmax, pack_weight
 from quant.layer import UnreachedError, linears
 
@@ -356,14 +356,14 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_said_to_be(
 def test_an_expert_that_loses_its_tokens_on_the_way_is_rounded_to_nearest(
     tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observe = gptq.observe
+    observe = statistics.observe
 
     def losing(layer: Any, original: Any, inputs: Any, name: str) -> Any:
         if name == "mlp.experts.1.down_proj":
             raise UnreachedError(name)
         return observe(layer, original, inputs, name)
 
-    monkeypatch.setattr("quant.gptq.observe", losing)
+    monkeypatch.setattr("quant.statistics.observe", losing)
     model = make_model("Mixtral", tiny_model, tmp_path / "model")
     checkpoint = quantize("gptq", model, calibration_text, tmp_path / "out")
     chosen = checkpoint.layer_errors["model.layers.0"]["chosen"]

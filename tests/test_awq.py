@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.packed import BITS
-from quant.awq import Awq, search_clip
+from quant.awq import Awq
+from quant.clip_search import search_clip
 from quant.groupwise import Grid, Parameters, fake_quantize, minmax
 from quant.layer import LayerInputs, linears
 from quant.moments import Moments, mean_loss

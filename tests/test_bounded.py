@@ -13,14 +13,17 @@ from torch import Tensor
 
 from offload.errors import ResourceError
 from quant import gptq, groupwise, tiles
+from quant.columns import propagate, round_columns, round_in_place, round_weight
 from quant.cost import Windows
-from quant.gptq import Gptq, propagate, round_columns, round_in_place, round_weight
+from quant.gptq import Gptq
 from quant.groupwise import Grid, minmax
-from quant.hessian import Hessian, Recording, Statistics, observe, record
+from quant.hessian import Hessian
 from quant.layer import LayerInputs, inputs_of, linears
 from quant.nameless_file import NamelessFile
 from quant.preflight import Footprint
+from quant.recording import Recording, record
 from quant.settings import AwqSettings, GptqSettings
+from quant.statistics import Statistics, observe
 from tests.test_awq import Layer
 from tests.test_gptq import correlated_inputs, gptq_run, gram_of, reference_values
 from tests.test_preflight import FOOTPRINT, llama_70b

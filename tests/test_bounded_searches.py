@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kernels.packed import dequantize
 from quant import awq, gptq, groupwise, tiles
-from quant.awq import search_clip
+from quant.clip_search import search_clip
+from quant.cost import Windows
 from quant.gptq import Gptq
 from quant.groupwise import Grid, fake_quantize, minmax, pack_weight, round_to_nearest_, unpack_into
 from quant.kept_weights import KeptWeights
@@ -91,7 +92,7 @@ def test_matrices_of_many_experts_are_not_held_together() -> None:
     """128 experts as narrow as Qwen3-30B-A3B's: in memory the grams of all, with statistics on disk those of one."""
     expert = [(768, 2048), (768, 2048), (2048, 768)]
     for method in (Gptq(GptqSettings(sequential=False, propagation=0.0)), awq.Awq(AwqSettings())):
-        few, many = (method.cost(expert * count, Grid(64, True), gptq.Windows(64, 512)) for count in (1, 128))
+        few, many = (method.cost(expert * count, Grid(64, True), Windows(64, 512)) for count in (1, 128))
         assert few.on_disk is not None
         assert many.on_disk is not None
         assert many.memory_bytes > few.memory_bytes + 127 * 4 * 2048**2
@@ -237,7 +238,7 @@ from quant.awq import Awq
 from quant.settings import AwqSettings
 from quant.cost import Windows
 from quant.gptq import Gptq
-from quant.settings import AwqSettings, GptqSettings
+from quant.settings import GptqSettings
 from quant.groupwise import Grid
 from quant.hidden_states import fill, new_states
 from quant.layer import LayerInputs, linears

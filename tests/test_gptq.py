@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from offload.checkpoint import Checkpoint
 from quant import gptq
-from quant.awq import search_clip, search_clip_by_column
-from quant.gptq import Gptq, propagate, round_columns, round_weight
+from quant.clip_search import search_clip, search_clip_by_column
+from quant.columns import propagate, round_columns, round_weight
+from quant.gptq import Gptq
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
-from quant.hessian import Hessian, Statistics, observe
+from quant.hessian import Hessian
 from quant.layer import LayerInputs, inputs_of, linears
 from quant.moments import Moments
 from quant.scale_groups import sets_by_input
 from quant.settings import AwqSettings, GptqSettings
+from quant.statistics import Statistics, observe
 from quant.tiles import cut
 from tests.test_awq import Layer, explicit_loss
 from tests.test_walk import awq_flags, contents, stop_before

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.gptq import Gptq, round_columns, round_weight
+from quant.columns import round_columns, round_weight
+from quant.gptq import Gptq
 from quant.groupwise import Grid, Parameters, codes, fake_quantize, minmax, values
 from quant.layer import LayerInputs, linears
 from quant.rounding import Places, learn_rounding

@@ -17,11 +17,12 @@ from offload.skeleton import build_skeleton, read_config
 from offload.source_weights import SourceWeights
 from offload.text import load_text, sample_windows, tokenize
 from quant import awq, gptq
-from quant.gptq import round_weight
+from quant.columns import round_weight
 from quant.groupwise import Grid
-from quant.hessian import Hessian, Statistics
+from quant.hessian import Hessian
 from quant.sensitivity import Candidate, candidates, choose
 from quant.settings import AwqSettings
+from quant.statistics import Statistics
 from tests.test_walk import awq_flags, contents, stop_before
 
 WIDE = ["--target-bits", "6"]
