@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-import offload
 from kernels.cpu_matmul import cpu_backend
 from offload.errors import UsageError
+from offload.version import VERSION
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,7 +30,7 @@ def circumstances(command: str) -> dict[str, Any]:
         "machine": _machine(),
         "threads": torch.get_num_threads(),
         "backend": cpu_backend(),
-        "versions": f"{offload.__version__}, torch {torch.__version__}, python {platform.python_version()}",
+        "versions": f"{VERSION}, torch {torch.__version__}, python {platform.python_version()}",
         "command": command,
     }
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from offload.auto import register
 from offload.namesake import claim
+from offload.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

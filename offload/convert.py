@@ -18,7 +18,6 @@ import transformers
 import xxhash
 from torch import Tensor, nn
 
-import offload
 from offload.ahead import ahead
 from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, PLAIN, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
@@ -33,6 +32,7 @@ from offload.layer_view import ORDER
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import cache_directory, files_around
 from offload.source_weights import SourceWeights, StoredTensor
+from offload.version import VERSION
 
 _CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
 """Of what `kv_cache_scheme` has other runtimes round keys and values to."""
@@ -177,7 +177,7 @@ def _recipe(directory: Path, found: Foreign, model: nn.Module, packed: list[str]
         source_xxh3=identity_of(directory),
         seed=0,
         settings={"from": found.kind} | ({"reordered": True} if reordered else {}),
-        versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={"toolkit": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     )
 
 

@@ -7,13 +7,13 @@ import transformers
 import xxhash
 from torch import Tensor, nn
 
-import offload
 from offload.checkpoint import WIDE_BITS, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress
 from offload.errors import InputError
 from offload.gguf_file import GgufFile
 from offload.skeleton import build_skeleton, config_of, decoder_layers, outer_names
+from offload.version import VERSION
 
 _EDITION = 2
 """Of what is made of a file; copies of edition 1 cut the text of some tokenizers otherwise than the file says."""
@@ -76,7 +76,7 @@ def _recipe(path: Path, model: nn.Module, bits: dict[str, int], symmetric: bool)
         source_xxh3=gguf_identity(path),
         seed=0,
         settings={"from": "gguf"},
-        versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={"toolkit": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
         wide=tuple(name for name, wide in bits.items() if wide == WIDE_BITS) if narrow < WIDE_BITS else (),
     )
 

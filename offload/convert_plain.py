@@ -9,7 +9,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import offload
 from offload.checkpoint import CONFIG_NAME, INDEX_NAME, PLAIN, Checkpoint, Recipe, describe_difference, is_ours
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, say
@@ -18,6 +17,7 @@ from offload.files import read_json
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import files_around
 from offload.source_weights import SourceWeights
+from offload.version import VERSION
 
 _NAMED = 3
 
@@ -84,5 +84,5 @@ def _recipe(directory: Path, identity: str) -> Recipe:
         source=str(directory.resolve()),
         source_xxh3=identity,
         seed=0,
-        versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={"toolkit": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     )

@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor
 
-import offload
 from offload.checkpoint import CONFIG_NAME, RUN_NAME, SENSITIVITY_NAME, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import format_bytes, format_seconds, parse_bytes, run, say
@@ -28,6 +27,7 @@ from offload.planning.needs import CODE_BYTES
 from offload.skeleton import decoder_layers
 from offload.source import files_around
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
+from offload.version import VERSION
 from quant.cost import Windows
 from quant.flags import method_parser, with_changes
 from quant.kv import calibrate as calibrate_cache
@@ -120,7 +120,7 @@ def quantize(kind: str, make: Callable[[Path], Method], options: argparse.Namesp
         source_xxh3=plan.source.fingerprint(),
         seed=options.seed,
         settings=method.settings_json(),
-        versions={"toolkit": offload.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        versions={"toolkit": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
         wide=_as_known_outside(plan, [name for name, grid in plan.grids.items() if grid.bits > plan.grid.bits]),
         **calibration,
     )

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import offload
 from kernels.cpu_matmul import cpu_backend, read_seconds
 from kernels.matmul import dequant_matmul
 from kernels.packed import PackedWeight
@@ -29,6 +28,7 @@ from offload.errors import InputError
 from offload.memory import PAGE_BYTES, Arena, FileReader
 from offload.read_queue import read_blob
 from offload.source import cache_directory
+from offload.version import VERSION
 
 _POOL_BYTES = 256 << 20
 _ROWS, _INPUTS, _GROUP_SIZE = 4096, 4096, 64
@@ -162,7 +162,7 @@ def measure(blobs: Sequence[LayerBlob]) -> Machine:
 
 def cache_file(directory: Path) -> Path:
     """Return where the figures of this machine, and of the disk that `directory` lies on, are kept."""
-    identity = f"{describe_machine()} {os.stat(directory).st_dev} {offload.__version__} {torch.__version__}"
+    identity = f"{describe_machine()} {os.stat(directory).st_dev} {VERSION} {torch.__version__}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return cache_directory() / f"machine-{name}.json"
 
