@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,61 @@ def test_no_import_points_up(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     forbidden = (set(MAY_IMPORT) | {"tests"}) - MAY_IMPORT[room]
     assert not imported_packages(path) & forbidden
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_files(tree: ast.Module, known: Set[str]) -> set[str]:
+    """Return those of the modules in `known` that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside if inside <= known else inside | {node.module or ""}
+    return names & known
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Return modules of which each imports the next and the last the first, [] if there are none."""
+    left = dict(imports)
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    way: list[str] = []
+    at = min(left, default="")
+    while at and at not in way:
+        way.append(at)
+        at = min(left[at] & left.keys())
+    return way[way.index(at) :] if at else []
+
+
+@pytest.mark.parametrize("room", [*MAY_IMPORT, "tests"])
+def test_files_of_a_room_import_each_other_in_no_circle(room: str) -> None:
+    trees = {module_name(path): ast.parse(path.read_text()) for path in (ROOT / room).rglob("*.py")}
+    found = circle({name: imported_files(tree, trees.keys()) - {name} for name, tree in trees.items()})
+    assert not found, (
+        f"a circle of imports: {' -> '.join([*found, found[0]])}; let what two of them need be a third file"
+    )
+
+
+def test_a_circle_of_imports_is_found_wherever_it_is_closed() -> None:
+    sources = {
+        "room": "from room.first import work",
+        "room.first": "import room.second",
+        "room.second": "def work():\n    from room.deep import third",
+        "room.deep": "",
+        "room.deep.third": "from room.first import work",
+        "room.apart": "import os, room.first",
+    }
+    imports = {name: imported_files(ast.parse(source), sources.keys()) for name, source in sources.items()}
+    assert circle(imports) == ["room.first", "room.second", "room.deep.third"]
+    imports["room.second"] = set()
+    assert circle(imports) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
