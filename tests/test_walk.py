@@ -253,6 +253,35 @@ def test_one_layer_at_most_is_in_memory(
     assert max(outside) == 0
 
 
+def test_memory_is_given_back_after_each_layer_once_it_is_written_and_dropped(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left between the blocks of others grows by 10 MiB a layer of a real model; here only the order shows."""
+    moments: list[str] = []
+    walks: list[Walk] = []
+    run, write_shard = Walk.run, CheckpointWriter.write_shard
+
+    def seen_run(self: Walk, windows: Tensor | None) -> None:
+        walks.append(self)
+        run(self, windows)
+
+    def seen_write(self: CheckpointWriter, index: int, *arguments: Any) -> None:
+        write_shard(self, index, *arguments)
+        moments.append(f"written {index}")
+
+    def trim() -> None:
+        _, layers = decoder_layers(walks[0].model)
+        loaded = [p for layer in layers for p in layer.parameters() if not p.is_meta]
+        moments.append("trimmed" if not loaded else "trimmed while a layer was held")
+
+    monkeypatch.setattr(Walk, "run", seen_run)
+    monkeypatch.setattr(CheckpointWriter, "write_shard", seen_write)
+    monkeypatch.setattr("quant.walk.trim_memory", trim)
+    assert awq.main(awq_flags(tiny_model, calibration_text, tmp_path / "out")) == 0
+    layers = [moment for index in (1, 2, 3) for moment in (f"written {index}", "trimmed")]
+    assert moments == ["written 0", *layers, "written 4"]
+
+
 def dequantized_reference(model: Path, directory: Path) -> PreTrainedModel:
     """Load the original with transformers, in float32, and put the finished checkpoint's weights into it."""
     reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
