@@ -5,12 +5,13 @@ Axes: N outputs, K inputs of a linear.
 
 from dataclasses import dataclass
 
-from quant import tiles
+import torch
+
 from quant.clip_search import ranges_tried, searching_bytes
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
 from quant.groupwise import Grid, chunk_rows
-from quant.moments import READ_TILES
 from quant.settings import AwqSettings
+from quant.tiles import Tiling, is_wide
 from quant.walk_inputs import most_batch_samples
 
 _SET = 4
@@ -34,9 +35,9 @@ class SearchWork:
     settings: AwqSettings
 
     @property
-    def gram_bytes(self) -> int:
-        """Bytes of its gram, the upper tiles of a wide one's."""
-        return self._upper * self._tile_bytes
+    def gram(self) -> Tiling:
+        """The tiles of the gram of its inputs, of which a second one is made where that is damped or scaled."""
+        return Tiling(self.width, upper=True, dtype=torch.float32)
 
     @property
     def kept_bytes(self) -> int:
@@ -48,7 +49,7 @@ class SearchWork:
         """Memory to try a scale in: some rows, and the inputs that a wide linear alone is compared on."""
         rows = min(self.rows, chunk_rows(self.width))
         several = min(_SET * self.rows, chunk_rows(self.width)) * self.width
-        inputs = self.search_tokens * 2 * (self.width + rows) if self.width > tiles.TILE else self.width**2
+        inputs = self.search_tokens * 2 * (self.width + rows) if is_wide(self.width) else self.width**2
         return FLOAT_BYTES * (5 * several + inputs)
 
     @property
@@ -56,12 +57,12 @@ class SearchWork:
         """Memory to search ranges in: some rows seven times over, candidates, a few tiles."""
         rows = min(self.rows, chunk_rows(self.width))
         candidates_bytes = searching_bytes(rows, self.width, self.grid, self.settings)
-        return 7 * FLOAT_BYTES * rows * self.width + candidates_bytes + 3 * self._tile_bytes
+        return 7 * FLOAT_BYTES * rows * self.width + candidates_bytes + 3 * self.gram.tile_bytes
 
     @property
     def reading_bytes(self) -> int:
         """Memory of tiles that are summed in one reading of a recording, and of the batch read."""
-        return min(READ_TILES, self._upper) * self._tile_bytes + FLOAT_BYTES * self.batch_tokens * self.width
+        return max(map(len, self.gram.panels())) * self.gram.tile_bytes + FLOAT_BYTES * self.batch_tokens * self.width
 
     @property
     def recording_bytes(self) -> int:
@@ -72,22 +73,11 @@ class SearchWork:
     def traffic_bytes(self) -> int:
         """Bytes read from files and written there, about, but for the inputs when they are recorded."""
         recording = FLOAT_BYTES * self.windows.samples * self.windows.tokens * self.width
-        readings = -(-self._upper // READ_TILES) + (0 if self.width > tiles.TILE else 1)
-        searched = -(-self.rows // chunk_rows(self.width)) * self._count**2 + 3 * self._upper
+        gram = self.gram
+        readings = len(gram.panels()) + (0 if is_wide(self.width) else 1)
+        searched = -(-self.rows // chunk_rows(self.width)) * gram.count**2 + 3 * gram.tiles
         tried = (2 * self.settings.scale_points + 2) * FLOAT_BYTES * self.rows * self.width
-        return readings * recording + searched * self._tile_bytes + tried
-
-    @property
-    def _count(self) -> int:
-        return -(-self.width // tiles.TILE)
-
-    @property
-    def _upper(self) -> int:
-        return self._count * (self._count + 1) // 2
-
-    @property
-    def _tile_bytes(self) -> int:
-        return FLOAT_BYTES * min(self.width, tiles.TILE) ** 2
+        return readings * recording + searched * gram.tile_bytes + tried
 
 
 def awq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: AwqSettings) -> Cost:
@@ -99,12 +89,14 @@ def awq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: AwqSet
     runs = windows.tokens * (6 * windows.samples + 2 * settings.scale_points * searched_samples)
     clips = tried * (2 * max(grid.group(k) for _, k in shapes) + 60)
     statistics = sum(2 * k * k for _, k in shapes) * windows.samples * windows.tokens
-    in_memory = sum(w.gram_bytes for w in works)
-    in_memory += max(max(w.kept_bytes + w.scale_bytes, w.gram_bytes + w.clip_bytes) for w in works)
+    in_memory = sum(w.gram.held_bytes for w in works)
+    in_memory += max(max(w.kept_bytes + w.scale_bytes, w.gram.held_bytes + w.clip_bytes) for w in works)
+    kept_bytes = max(w.kept_bytes for w in works)
+    tried_gram_bytes = max((w.gram.file_bytes for w in works if not is_wide(w.width)), default=0)
     on_disk = OnDisk(
         observing_bytes=max(w.recording_bytes for w in works),
         working_bytes=max(max(w.scale_bytes, w.clip_bytes, w.reading_bytes) for w in works),
-        disk_bytes=max(max(w.kept_bytes, 2 * w.gram_bytes) for w in works),
+        disk_bytes=max(kept_bytes + tried_gram_bytes, 2 * max(w.gram.file_bytes for w in works)),
         traffic_bytes=sum(w.traffic_bytes for w in works),
     )
     return Cost(in_memory, 2.0 * weights * runs + weights * clips + statistics, on_disk)

@@ -58,7 +58,7 @@ class Gptq:
         settings, directory = self.settings, inputs.statistics_to
         report: dict[str, Any] = {"ranges": {}}
         if settings.scale:
-            _, report["scales"] = scale_layer(layer, inputs, grids, head_dim, settings.search)
+            report["scales"] = scale_layer(layer, inputs, grids, head_dim, settings.search)[1]  # the moments go
         sets = sets_by_input(layer, inputs, list(grids))
         if settings.sequential:
             seen_by = in_sequence(layer, inputs, sets, settings.propagates)

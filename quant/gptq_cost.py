@@ -5,14 +5,15 @@ Axes: N outputs, K inputs of a linear.
 
 from dataclasses import dataclass, replace
 
-from quant import tiles
+import torch
+
 from quant.awq_cost import awq_cost
 from quant.clip_search import searching_bytes
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
 from quant.groupwise import Grid, chunk_rows
 from quant.rounding import learning_bytes, learning_operations
 from quant.settings import AwqSettings, GptqSettings
-from quant.tiles import PANEL_TILES
+from quant.tiles import Tiling, is_wide
 from quant.walk_inputs import most_batch_samples
 
 _DOUBLE_BYTES = 8
@@ -23,7 +24,8 @@ class LinearWork:
     """GPTQ's work on one linear.
 
     rows, width: N, K. batch_tokens: that go through the layer at a time. search: how finely ranges are searched.
-    paired: whether the inputs of the unquantized model are looked at as well.
+    sequential: whether its inputs are looked at when it is its turn, else those of all linears are before. paired:
+    whether the inputs of the unquantized model are looked at as well.
     """
 
     rows: int
@@ -32,12 +34,23 @@ class LinearWork:
     batch_tokens: int
     grid: Grid
     search: AwqSettings
+    sequential: bool
     paired: bool
 
     @property
     def wide(self) -> bool:
         """Whether its matrices take more than one tile, and its inputs are recorded first."""
-        return self.width > tiles.TILE
+        return is_wide(self.width)
+
+    @property
+    def gram(self) -> Tiling:
+        """The tiles of the moments of its inputs, and of their factor."""
+        return Tiling(self.width, upper=True)
+
+    @property
+    def lost(self) -> Tiling | None:
+        """The tiles of what its inputs lack of the unquantized model's."""
+        return Tiling(self.width, upper=False) if self.paired else None
 
     @property
     def recording_bytes(self) -> int:
@@ -46,8 +59,10 @@ class LinearWork:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of what one pass over the layer leaves in memory of it."""
-        return self.recording_bytes if self.wide else FLOAT_BYTES * self.width**2
+        """Bytes of what is left in memory of it, until it is rounded, where one pass shows all linears."""
+        if self.sequential:
+            return 0
+        return self.recording_bytes if self.wide else self._narrow_gram.held_bytes
 
     @property
     def observing_bytes(self) -> int:
@@ -58,62 +73,58 @@ class LinearWork:
     def chunk_bytes(self) -> int:
         """Memory to round some rows in: the weights in float32 seven times over, what a tile carries, candidates."""
         rows = min(self.rows, chunk_rows(self.width))
-        weights, carried = 7 * FLOAT_BYTES * rows * self.width, 2 * _DOUBLE_BYTES * rows * min(self.width, tiles.TILE)
+        weights, carried = 7 * FLOAT_BYTES * rows * self.width, 2 * _DOUBLE_BYTES * rows * self.gram.tile
         return weights + carried + searching_bytes(rows, self.width, self.grid, self.search)
 
     @property
     def panel_bytes(self) -> int:
         """Memory of tiles that are summed in one reading of two recordings, and of the batches read."""
-        summed = min(PANEL_TILES, self._count**2 if self.paired else self._upper)
-        columns = (summed + 1) * min(self.width, tiles.TILE) + 3 * self.width
-        return (summed + 1) * self._tile_bytes + FLOAT_BYTES * self.batch_tokens * columns
+        summed = max(map(len, (self.lost or self.gram).panels()))
+        columns = (summed + 1) * self.gram.tile + 3 * self.width
+        return (summed + 1) * self.gram.tile_bytes + FLOAT_BYTES * self.batch_tokens * columns
 
     @property
     def working_bytes(self) -> int:
         """The most memory of it, no batch running, with matrices in files; those of one tile are worked on whole."""
         whole = 0 if self.wide else 3 * _DOUBLE_BYTES * self.width**2
         making = self.panel_bytes if self.wide else 6 * _DOUBLE_BYTES * self.width**2
-        return max(making, whole + self.chunk_bytes + (4 * self._tile_bytes if self.wide else 0))
+        return max(making, whole + self.chunk_bytes + (4 * self.gram.tile_bytes if self.wide else 0))
 
     @property
     def memory_bytes(self) -> int:
         """The most memory of it with everything in memory."""
         if not self.wide:
             return self.working_bytes
-        square = _DOUBLE_BYTES * self.width**2
-        half = (square + _DOUBLE_BYTES * self.width * tiles.TILE) // 2
-        moments, recordings = half + (square if self.paired else 0), 2 if self.paired else 1
-        made = recordings * self.recording_bytes + moments + self.panel_bytes
-        return max(made, moments + half + max(self.chunk_bytes, 4 * self._tile_bytes))
+        factor_bytes = self.gram.held_bytes
+        moments_bytes, recordings = self.gram.held_bytes + (self.lost.held_bytes if self.lost else 0), 1 + self.paired
+        made_bytes = recordings * self.recording_bytes + moments_bytes + self.panel_bytes
+        return max(made_bytes, moments_bytes + factor_bytes + max(self.chunk_bytes, 4 * self.gram.tile_bytes))
 
     @property
     def file_bytes(self) -> int:
-        """Bytes on disk of a wide linear's inputs and matrices."""
-        squares = 2 * self._upper + (self._count**2 if self.paired else 0)
-        return self.recording_bytes + squares * self._tile_bytes if self.wide else 0
+        """Bytes on disk of its matrices, and of a wide linear's inputs until the moments are made of them."""
+        factor_bytes = self.gram.file_bytes
+        if not self.wide:
+            return factor_bytes + (0 if self.sequential else self._narrow_gram.file_bytes)
+        moments_bytes = self.gram.file_bytes + (self.lost.file_bytes if self.lost else 0)
+        return moments_bytes + max(self.recording_bytes, factor_bytes)
 
     @property
     def traffic_bytes(self) -> int:
         """Bytes read from files and written there, about."""
         if not self.wide:
             return 0
-        square, chunks = self._count**2 if self.paired else 0, -(-self.rows // chunk_rows(self.width))
-        readings = -(-self._upper // PANEL_TILES) + 2 * -(-square // PANEL_TILES)
-        algebra = 2 * self._count**3 // 3 + 2 * self._upper + square
-        rounding = chunks * (3 * self._upper + (square + 2 * self._upper if self.paired else 0))
-        return readings * self.recording_bytes + (algebra + rounding) * self._tile_bytes
+        upper, square = self.gram.tiles, self.lost.tiles if self.lost else 0
+        readings = len(self.gram.panels()) + (2 * len(self.lost.panels()) if self.lost else 0)
+        algebra = 2 * self.gram.count**3 // 3 + 2 * upper + square
+        chunks = -(-self.rows // chunk_rows(self.width))
+        rounding = chunks * (3 * upper + (square + 2 * upper if self.paired else 0))
+        return readings * self.recording_bytes + (algebra + rounding) * self.gram.tile_bytes
 
     @property
-    def _count(self) -> int:
-        return -(-self.width // tiles.TILE)
-
-    @property
-    def _upper(self) -> int:
-        return self._count * (self._count + 1) // 2
-
-    @property
-    def _tile_bytes(self) -> int:
-        return _DOUBLE_BYTES * min(self.width, tiles.TILE) ** 2
+    def _narrow_gram(self) -> Tiling:
+        """The one tile that a narrow linear's inputs are summed in where one pass shows all."""
+        return Tiling(self.width, upper=True, dtype=torch.float32)
 
 
 def gptq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: GptqSettings) -> Cost:
@@ -122,8 +133,8 @@ def gptq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: GptqS
     What one pass shows of all linears is held until they are rounded, and where weights stood until all are.
     """
     batch_tokens = most_batch_samples(windows.tokens) * windows.tokens
-    works = [LinearWork(n, k, windows, batch_tokens, grid, settings.search, settings.propagates) for n, k in shapes]
-    held_bytes = 0 if settings.sequential else sum(w.held_bytes for w in works)
+    how = windows, batch_tokens, grid, settings.search, settings.sequential, settings.propagates
+    works = [LinearWork(n, k, *how) for n, k in shapes]
     weights, tokens = sum(n * k for n, k in shapes), windows.samples * windows.tokens
     passes = 2.0 * weights * tokens * (6 if settings.propagates else 3)
     operations = passes + sum(6.0 * n * k * k + 4.0 * k**3 for n, k in shapes)
@@ -137,7 +148,7 @@ def gptq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: GptqS
         disk_bytes=max(w.file_bytes for w in works),
         traffic_bytes=sum(w.traffic_bytes for w in works),
     )
-    rounding_bytes = held_bytes + places_bytes + max(w.memory_bytes for w in works)
+    rounding_bytes = sum(w.held_bytes for w in works) + places_bytes + max(w.memory_bytes for w in works)
     cost = Cost(max(rounding_bytes, learn_bytes), operations, on_disk, pass_operations=passes)
     if settings.learn.steps:
         cost = replace(cost, purpose="statistics and searches, or all places and gradients of learned rounding")

@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from quant.layer import LayerInputs, shared_inputs
 from quant.recording import Recording
-from quant.tiles import PANEL_TILES, Tiles
+from quant.tiles import Place, Tiles
 
 _GRAM_BLOCK = 512
 """Rows of a gram that are added to together: a product of that size runs at full speed."""
-
-READ_TILES = 2 * PANEL_TILES
-"""Tiles that are summed in one reading of a recording; they are half as large as those of float64."""
-
-Place = tuple[int, int]
 
 
 class Sums:
@@ -42,8 +37,7 @@ class Sums:
 
 def no_sums(gram: Tiles, places: list[Place]) -> dict[Place, Tensor]:
     """Return zeros for the tiles of a gram at some places."""
-    sizes = [span.stop - span.start for span in map(gram.span, range(gram.count))]
-    return {(i, j): torch.zeros(sizes[i], sizes[j]) for i, j in places}
+    return {place: torch.zeros(gram.shape(place)) for place in places}
 
 
 def add_products(sums: dict[Place, Tensor], gram: Tiles, x_TK: Tensor) -> None:
@@ -146,9 +140,9 @@ class Moments:
     def _read(self, recording: Recording) -> Tiles:
         """Return the gram of what was recorded."""
         gram = Tiles(recording.width, True, self._directory, dtype=torch.float32)
-        tokens, places = sum(recording.tokens), list(gram.places())
-        for start in range(0, len(places), READ_TILES):
-            sums = no_sums(gram, places[start : start + READ_TILES])
+        tokens = sum(recording.tokens)
+        for places in gram.panels():
+            sums = no_sums(gram, places)
             for x_TK in recording:
                 add_products(sums, gram, x_TK.to(self._dtype))
             for place in list(sums):

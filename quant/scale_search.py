@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant import tiles
 from quant.groupwise import Grid, fake_quantize, minmax, row_chunks
 from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, inputs_of
 from quant.moments import Moments, mean_loss
 from quant.scale_groups import ScaleGroup, find_scale_groups
 from quant.settings import AwqSettings
+from quant.tiles import is_wide
 
 _SMALLEST = 1e-4
 
@@ -102,7 +102,7 @@ def _rounded_under(weight: Tensor, columns: Tensor, grid: Grid) -> Tensor:
 
 def _error_alone(layer: nn.Module, name: str, inputs: LayerInputs, seen: Moments) -> Loss:
     """Return a function of a difference of some rows of a linear's weight, [N, K], to the error of its output."""
-    if layer.get_parameter(f"{name}.weight").shape[1] <= tiles.TILE:
+    if not is_wide(layer.get_parameter(f"{name}.weight").shape[1]):
         gram = seen.gram(name).read(0, 0)
         return lambda difference: mean_loss(difference, gram)
     x_TK = torch.cat(list(inputs_of(layer, inputs, name)))

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quant import tiles
 from quant.layer import LayerInputs, UnreachedError, inputs_of
 from quant.moments import Moments
 from quant.recording import Recording, record
-from quant.tiles import PANEL_TILES, Tiles, cut
+from quant.tiles import Place, Tiles, cut, is_wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +59,10 @@ class Statistics:
         return bool(torch.isfinite(self.gram.diagonal()).all())
 
 
-def _products(
-    left: Recording, right: Recording, order: Tensor, matrix: Tiles
-) -> Iterator[tuple[tuple[int, int], Tensor]]:
+def _products(left: Recording, right: Recording, order: Tensor, matrix: Tiles) -> Iterator[tuple[Place, Tensor]]:
     """Yield the tiles of E[l r^T] that `matrix` has, float64, channels in `order`, with their places."""
     tokens = sum(right.tokens)
-    wanted = list(matrix.places())
-    for start in range(0, len(wanted), PANEL_TILES):
-        places = wanted[start : start + PANEL_TILES]
+    for places in matrix.panels():
         channels = {k: order[matrix.span(k)] for place in places for k in place}
         totals = {(i, j): torch.zeros(len(channels[i]), len(channels[j]), dtype=torch.float64) for i, j in places}
         for l_TK, r_TK in ((x, x) for x in right) if left is right else zip(left, right, strict=True):
@@ -88,7 +83,7 @@ def observe(
     """
     width = layer.get_parameter(f"{name}.weight").shape[1]
     batches = inputs_of(layer, inputs, name)
-    if width > tiles.TILE:
+    if is_wide(width):
         return observed(name, Recording.of(batches, width, directory), others, directory)
     gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
     tokens, paired = 0, others is not None
@@ -120,7 +115,7 @@ def at_once(layer: nn.Module, inputs: LayerInputs, sets: list[tuple[str, ...]]) 
     In memory: the inputs of wide linears, and the moments of narrow ones; on disk the inputs of all.
     """
     firsts = [members[0] for members in sets]
-    wide = [name for name in firsts if layer.get_parameter(f"{name}.weight").shape[1] > tiles.TILE]
+    wide = [name for name in firsts if is_wide(layer.get_parameter(f"{name}.weight").shape[1])]
     recorded = record(layer, inputs, wide, inputs.statistics_to) if wide else {}
     narrow = [name for name in firsts if name not in wide]
     seen = Moments(layer, inputs, narrow) if narrow else None

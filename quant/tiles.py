@@ -19,14 +19,72 @@ TILE = 2048
 multiple of every group of a weight but a whole row."""
 
 PANEL_TILES = 8
-"""Tiles that are summed in one reading of what was recorded."""
+"""Tiles of float64 that are summed in one reading of what was recorded, or twice as many of float32."""
+
+Place = tuple[int, int]
+"""Row and column of a tile, counted in tiles."""
 
 
-class Tiles:
-    """A matrix [K, K] in tiles of `tile` rows and columns, the last ones smaller.
+def is_wide(width: int) -> bool:
+    """Tell whether a matrix [K, K] of that width takes more than one tile."""
+    return width > TILE
 
-    upper: only tiles on and above the diagonal are there. directory: of the file they lie in, in memory without one.
-    dtype: float64 or float32. Raises ResourceError if the disk has no room.
+
+class Tiling:
+    """How a matrix [K, K] is cut into square tiles, and how many bytes they are: known without the matrix.
+
+    width: K. upper: only tiles on and above the diagonal are there. tile: rows of one; the last ones are smaller, and a
+    matrix narrower than that is a single one. dtype: float64 or float32.
+    """
+
+    def __init__(self, width: int, upper: bool, tile: int | None = None, dtype: torch.dtype = torch.float64) -> None:
+        self.width, self.upper, self.dtype = width, upper, dtype
+        self.tile = min(tile or TILE, width)
+        self.count = -(-width // self.tile)
+
+    def places(self) -> Iterator[Place]:
+        """Yield the place of every tile, column after column."""
+        return ((i, j) for j in range(self.count) for i in range(j + 1 if self.upper else self.count))
+
+    def panels(self) -> list[list[Place]]:
+        """Return the places of the tiles that are summed together, in one reading of what was recorded each."""
+        places, step = list(self.places()), PANEL_TILES * torch.float64.itemsize // self.dtype.itemsize
+        return [places[start : start + step] for start in range(0, len(places), step)]
+
+    def span(self, index: int) -> slice:
+        """Return the rows of the matrix that tiles of row `index` hold, or the columns of column `index`."""
+        return slice(index * self.tile, min((index + 1) * self.tile, self.width))
+
+    def shape(self, place: Place) -> tuple[int, int]:
+        """Return how many rows and columns a tile has."""
+        rows, columns = map(self.span, place)
+        return rows.stop - rows.start, columns.stop - columns.start
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles there are."""
+        return len(list(self.places()))
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of the largest tile, the first."""
+        return self.dtype.itemsize * self.tile**2
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all tiles in memory."""
+        return self.dtype.itemsize * sum(rows * columns for rows, columns in map(self.shape, self.places()))
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tiles in a file, where each has as much room as the first."""
+        return self.tiles * self.tile_bytes
+
+
+class Tiles(Tiling):
+    """A matrix [K, K] in tiles that are there.
+
+    directory: of the file they lie in, in memory without one. Raises ResourceError if the disk has no room.
     """
 
     def __init__(
@@ -37,30 +95,15 @@ class Tiles:
         tile: int | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.width, self.upper, self.tile, self.dtype = width, upper, tile or TILE, dtype
-        self.count = -(-width // self.tile)
-        self._held: dict[tuple[int, int], Tensor] = {}
-        self._file = None if directory is None else NamelessFile(directory, "statistics", self.nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tiles, each as large as the first."""
-        return len(list(self.places())) * self.dtype.itemsize * self.tile**2
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        """Yield row and column of every tile, counted in tiles."""
-        return ((i, j) for j in range(self.count) for i in range(j + 1 if self.upper else self.count))
-
-    def span(self, index: int) -> slice:
-        """Return the rows of the matrix that tiles of row `index` hold, or the columns of column `index`."""
-        return slice(index * self.tile, min((index + 1) * self.tile, self.width))
+        super().__init__(width, upper, tile, dtype)
+        self._held: dict[Place, Tensor] = {}
+        self._file = None if directory is None else NamelessFile(directory, "statistics", self.file_bytes)
 
     def read(self, row: int, column: int) -> Tensor:
         """Return a tile, contiguous; not to be changed, as it may be the one that is kept."""
         if self._file is None:
             return self._held[row, column]
-        rows, columns = self.span(row), self.span(column)
-        tile = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=self.dtype)
+        tile = torch.empty(self.shape((row, column)), dtype=self.dtype)
         self._file.read_into(self._offset(row, column), tile)
         return tile
 
@@ -73,7 +116,7 @@ class Tiles:
 
     def _offset(self, row: int, column: int) -> int:
         before = column * (column + 1) // 2 if self.upper else column * self.count
-        return (before + row) * self.dtype.itemsize * self.tile**2
+        return (before + row) * self.tile_bytes
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, [K]."""

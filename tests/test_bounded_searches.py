@@ -41,7 +41,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tiles a matrix of the tiny model's widest linear, some rows of its weights at a time."""
     monkeypatch.setattr(tiles, "TILE", 32)
     monkeypatch.setattr("quant.moments._GRAM_BLOCK", 24)
-    monkeypatch.setattr("quant.moments.READ_TILES", 4)
+    monkeypatch.setattr(tiles, "PANEL_TILES", 2)
     monkeypatch.setattr(groupwise, "_CHUNK_WEIGHTS", 64 * 64)
 
 
