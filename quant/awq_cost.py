@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from quant.clip_search import ranges_tried, searching_bytes
-from quant.cost import FLOAT_BYTES, Cost, OnDisk, Shape, Windows
+from quant.cost import FLOAT_BYTES, MOST_IN_SET, Cost, OnDisk, Shape, Windows
 from quant.groupwise import Grid, chunk_rows
 from quant.settings import AwqSettings
 from quant.tiles import Tiling, is_wide
 from quant.walk_inputs import most_batch_samples
-
-_SET = 4
-"""Linears of one shape that share an input, at most: gates and projections, queries, keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +39,13 @@ class SearchWork:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the weights that are kept while others are tried in the place of a set's."""
-        return _SET * FLOAT_BYTES * self.rows * self.width
+        return MOST_IN_SET * FLOAT_BYTES * self.rows * self.width
 
     @property
     def scale_bytes(self) -> int:
         """Memory to try a scale in: some rows, and the inputs that a wide linear alone is compared on."""
         rows = min(self.rows, chunk_rows(self.width))
-        several = min(_SET * self.rows, chunk_rows(self.width)) * self.width
+        several = min(MOST_IN_SET * self.rows, chunk_rows(self.width)) * self.width
         inputs = self.search_tokens * 2 * (self.width + rows) if is_wide(self.width) else self.width**2
         return FLOAT_BYTES * (5 * several + inputs)
 

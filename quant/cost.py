@@ -9,6 +9,9 @@ Shape = tuple[int, int]
 
 FLOAT_BYTES = 4
 
+MOST_IN_SET = 4
+"""Linears of one shape that share an input, at most: gates and projections, queries, keys and values."""
+
 
 @dataclass(frozen=True, slots=True)
 class Windows:

@@ -1,4 +1,4 @@
-"""What the statistics and the rounding of one linear take, from its shape: in memory, and with matrices in files.
+"""What GPTQ's statistics and rounding take, from the shapes of a layer's linears: in memory, and with these in files.
 
 Axes: N outputs, K inputs of a linear.
 """

@@ -102,7 +102,8 @@ def calibrate(directory: Path, windows: Tensor, calibration: dict[str, Any], cpu
 
     calibration: what the windows are, plain JSON, for the manifest.
     """
-    model = load_model(directory, context_tokens=windows.shape[1], cpu_memory=cpu_memory)
+    tokens = windows.shape[1]
+    model = load_model(directory, context_tokens=tokens, prefill_chunk_tokens=tokens, cpu_memory=cpu_memory)
     try:
         found = listen(model, windows)
     finally:

@@ -22,8 +22,7 @@ from offload.checkpoint_writer import open_writer
 from offload.command import format_bytes, format_seconds, parse_bytes, run, say
 from offload.errors import InputError, ResourceError, UsageError
 from offload.files import read_json
-from offload.memory import give_memory_back_at_once, own_memory_bytes, peak_memory_bytes, trim_memory
-from offload.planning.needs import CODE_BYTES
+from offload.memory import give_memory_back_at_once, peak_memory_bytes, trim_memory
 from offload.skeleton import decoder_layers
 from offload.source import files_around
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
@@ -33,9 +32,11 @@ from quant.flags import method_parser, with_changes
 from quant.kv import calibrate as calibrate_cache
 from quant.model_card import model_card
 from quant.pass_dtype import AUTO, PASS_DTYPES, settled
-from quant.plan import Plan, make_plan, with_grids
-from quant.preflight import Footprint, describe, footprint, smallest_memory
-from quant.sensitivity import average_bits, widen
+from quant.plan import Plan, average_bits, make_plan, with_grids
+from quant.plan_words import describe
+from quant.preflight import Footprint, footprint
+from quant.running import smallest_memory
+from quant.sensitivity import widen
 from quant.walk import Method, Walk
 
 _KV_WINDOWS = 16
@@ -85,45 +86,29 @@ def quantize(kind: str, make: Callable[[Path], Method], options: argparse.Namesp
     method = make(output)
     amount = Windows(options.num_samples, options.seq_len) if method.needs_inputs else None
     widens = options.target_bits is not None and amount is not None
+    cached = None if options.kv is None else Windows(min(_KV_WINDOWS, options.num_samples), options.seq_len)
     if options.plan:
-        needed = footprint(plan, method, amount, widens)
+        needed = footprint(plan, method, amount, widens, cached)
         needed = replace(needed, runtime_bytes=needed.runtime_bytes + (_TEXT_BYTES if amount else 0))
         print(describe(plan, method, output, amount, needed.within(budget_bytes)))
-        if options.kv is not None:
-            print(_describe_cache(plan, options, budget_bytes))
         return
     windows, calibration = _calibration(method, options, plan)
     files: dict[str, bytes] = {}
     runtime_bytes = None
     if windows is not None and widens:
-        needed = footprint(plan, method, amount, widens).within(budget_bytes)
+        needed = footprint(plan, method, amount, widens, cached).within(budget_bytes)
         runtime_bytes = needed.runtime_bytes
         plan.source.fingerprint()  # refuses weights that are not finite before anything is made of them
         spill_to = _existing(output) if needed.statistics_spilled else None
         grids, measured = widen(plan.model, plan.source, plan.grids, windows, options.target_bits, spill_to)
         plan, files = with_grids(plan, grids), {SENSITIVITY_NAME: _json([asdict(each) for each in measured])}
-    needed = footprint(plan, method, amount)
+    needed = footprint(plan, method, amount, cached=cached)
     if runtime_bytes is not None:  # what the allocator kept of the measuring is of the reserve
         needed = replace(needed, runtime_bytes=runtime_bytes)
     needed = needed.within(budget_bytes)
     _check_output(output, plan, needed)
     say(describe(plan, method, output, amount, needed))
-    if options.kv is not None:
-        say(_describe_cache(plan, options, budget_bytes))
-    recipe = Recipe(
-        method=method.name,
-        bits=plan.grid.bits,
-        group_size=plan.grid.group_size,
-        symmetric=plan.grid.symmetric,
-        ignore=_as_known_outside(plan, plan.skipped),
-        source=options.model,
-        source_xxh3=plan.source.fingerprint(),
-        seed=options.seed,
-        settings=method.settings_json(),
-        versions={"toolkit": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
-        wide=_as_known_outside(plan, [name for name, grid in plan.grids.items() if grid.bits > plan.grid.bits]),
-        **calibration,
-    )
+    recipe = _recipe(plan, method, options, calibration)
     _, layers = decoder_layers(plan.model)
     with open_writer(output, recipe, len(layers) + 2, options.overwrite) as writer:
         if writer.complete:
@@ -147,16 +132,22 @@ def quantize(kind: str, make: Callable[[Path], Method], options: argparse.Namesp
     _report(Checkpoint.open(output), plan, started, options.json)
 
 
-def _describe_cache(plan: Plan, options: argparse.Namespace, budget_bytes: int | None) -> str:
-    """Say what `--kv` adds once all is written. Raises ResourceError if the budget does not run the result."""
-    least_bytes = smallest_memory(plan, own_memory_bytes() + CODE_BYTES)
-    if budget_bytes is not None and budget_bytes < least_bytes:
-        raise ResourceError(
-            f"--cpu-memory {format_bytes(budget_bytes)}: --kv runs the result, which takes "
-            f"{format_bytes(least_bytes)}; leave --kv away, and calibrate the cache later: python -m quant.kv"
-        )
-    samples = min(_KV_WINDOWS, options.num_samples)
-    return f"cache    then {samples} of the windows run through the result, within {format_bytes(least_bytes)} or more"
+def _recipe(plan: Plan, method: Method, options: argparse.Namespace, calibration: Mapping[str, Any]) -> Recipe:
+    """Return what decides the result. Reads the whole source, and refuses weights that are not finite."""
+    return Recipe(
+        method=method.name,
+        bits=plan.grid.bits,
+        group_size=plan.grid.group_size,
+        symmetric=plan.grid.symmetric,
+        ignore=_as_known_outside(plan, plan.skipped),
+        source=options.model,
+        source_xxh3=plan.source.fingerprint(),
+        seed=options.seed,
+        settings=method.settings_json(),
+        versions={"toolkit": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+        wide=_as_known_outside(plan, [name for name, grid in plan.grids.items() if grid.bits > plan.grid.bits]),
+        **calibration,
+    )
 
 
 def _calibrate_kv(output: Path, windows: Tensor, calibration: Mapping[str, Any], options: argparse.Namespace) -> None:

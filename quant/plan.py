@@ -7,6 +7,7 @@ place in the model.
 import argparse
 import fnmatch
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,6 +177,25 @@ def with_grids(plan: Plan, grids: dict[str, Grid]) -> Plan:
     sizes = tuple(_stored_bytes(plan.source, growth, f"{prefix}.{index}.") for index in range(len(layers)))
     expected_bytes = _stored_bytes(plan.source, growth, "")
     return replace(plan, grids=grids, layers_bytes=sizes, expected_bytes=expected_bytes)
+
+
+def average_bits(model: nn.Module, grids: Mapping[str, Grid]) -> float:
+    """Return the bits of a quantized weight in the file, scales and zero points counted."""
+    weights = {name: model.get_parameter(f"{name}.weight") for name in grids}
+    stored_bytes = sum(grids[name].stored_bytes(*weight.shape) for name, weight in weights.items())
+    return 8 * stored_bytes / sum(weight.numel() for weight in weights.values())
+
+
+def around_bytes(plan: Plan, as_floats: bool) -> int:
+    """Return the bytes of what lies outside the layers, as it is written; in float32, if more, what feeds them."""
+    prefix, _ = decoder_layers(plan.model)
+    outer = {name: place.spec for name, place in plan.source.locations.items() if not name.startswith(f"{prefix}.")}
+    written = sum(spec.nbytes for spec in outer.values())
+    if not as_floats:
+        return written
+    parent = prefix.rpartition(".")[0]
+    fed = [spec for name, spec in outer.items() if name.startswith(f"{parent}.")]
+    return max(written, sum(4 * spec.nbytes // spec.dtype.itemsize for spec in fed))
 
 
 def _stored_bytes(source: SourceWeights, growth: dict[str, int], prefix: str) -> int:

@@ -1,4 +1,4 @@
-"""What a run takes, said before it starts: memory at its peak, disk, time, and where the result will load.
+"""What a run takes, counted before it starts: memory at its peak, disk, time.
 
 Memory is the process's own, with Python and the libraries in it, and the code of these. Every figure is an upper bound
 from shapes alone; `--cpu-memory` is kept by putting hidden states on disk, then statistics as well, and by refusing
@@ -7,34 +7,29 @@ what would not fit even so.
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from offload.command import format_bytes, format_seconds
+from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.experts import Experts
 from offload.memory import own_memory_bytes, peak_memory_bytes, trim_memory
-from offload.planning.needs import CODE_BYTES, Needs, activation_bytes, cache_bytes
+from offload.planning.needs import CODE_BYTES
 from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Windows
 from quant.layer import linears
-from quant.model_card import parted
-from quant.plan import Plan
-from quant.sensitivity import average_bits, measuring_cost
+from quant.plan import Plan, around_bytes
+from quant.running import CacheRun
+from quant.sensitivity import measuring_cost
 from quant.walk import Method
 from quant.walk_inputs import most_batch_samples
 
 _RESERVE_BYTES = 48 << 20
 """Pieces of the source while it is checked; what the allocator and the mathematical libraries keep for themselves."""
 
-RUNTIME_BYTES = CODE_BYTES + (290 << 20)
-"""Python and libraries in the command that runs a checkpoint: 275 MiB of their own were measured with torch 2.13."""
-
 _DISK_BYTES_PER_SECOND = 300e6
 _READS_OF_SOURCE = 4
-_CONTEXT_TOKENS, _CHUNK_TOKENS = 2048, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,8 @@ class Footprint:
     largest weight in the dtype of passes, where that is not float32. kept: outputs of held-out samples, among the
     activations. on_disk: what the method needs with its statistics on disk, the inputs of the unquantized linears in
     the place of that copy; statistics_spilled: whether they are there, and what measuring sensitivity makes as well,
-    which is then sensitivity_on_disk. purpose: what the method needs memory for, in words.
+    which is then sensitivity_on_disk. purpose: what the method needs memory for, in words. cache_run: what comes after
+    all that, for `--kv`.
     """
 
     runtime_bytes: int
@@ -71,6 +67,7 @@ class Footprint:
     on_disk: OnDisk | None = None
     statistics_spilled: bool = False
     purpose: str = "statistics and searches"
+    cache_run: CacheRun | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -80,7 +77,12 @@ class Footprint:
         at_work = max(self.around_bytes, at_layer)
         at_work = max(at_work + (0 if self.spilled else self.states_bytes), self._sensitivity_bytes)
         planned = self.runtime_bytes + _RESERVE_BYTES + at_work
-        return max(planned, self.reached_bytes)
+        return max(planned, self.reached_bytes, self.runtime_bytes + self._cache_run_bytes)
+
+    @property
+    def whole_seconds(self) -> float:
+        """The time of all, of running the result for its cache as well."""
+        return self.seconds + (0.0 if self.cache_run is None else self.cache_run.read_bytes / _DISK_BYTES_PER_SECOND)
 
     @property
     def disk_bytes(self) -> int:
@@ -101,6 +103,10 @@ class Footprint:
         return self.sensitivity_on_disk_bytes if self.statistics_spilled else self.sensitivity_bytes
 
     @property
+    def _cache_run_bytes(self) -> int:
+        return 0 if self.cache_run is None else self.cache_run.given_bytes
+
+    @property
     def _method_bytes(self) -> int:
         """What the method needs while a batch runs, and what it needs while none does beyond that batch."""
         if self.on_disk is None or not self.statistics_spilled:
@@ -110,10 +116,11 @@ class Footprint:
 
     def smallest(self) -> "Footprint":
         """Return the same with on disk what can be there."""
+        spilled = replace(self, spilled=True, cache_run=None if self.cache_run is None else self.cache_run.given(0))
         if self.on_disk is None:
-            return replace(self, spilled=True)
+            return spilled
         seconds = self.seconds + self.on_disk.traffic_bytes / _DISK_BYTES_PER_SECOND
-        return replace(self, spilled=True, statistics_spilled=True, seconds=seconds)
+        return replace(spilled, statistics_spilled=True, seconds=seconds)
 
     @property
     def smallest_mib(self) -> int:
@@ -121,21 +128,25 @@ class Footprint:
         return -(-self.smallest().peak_bytes // (1 << 20))
 
     def within(self, budget_bytes: int | None) -> "Footprint":
-        """Return the same, states and then statistics spilled if that is what it takes.
+        """Return the same, states and then statistics spilled if that is what it takes, the result run in what is left.
 
         Raises ResourceError if that is not enough.
         """
-        spilled = self.smallest()
         if budget_bytes is None:
             return self
-        for choice in (self, replace(self, spilled=True), spilled):
+        run = None if self.cache_run is None else self.cache_run.given(budget_bytes - self.runtime_bytes)
+        fitted, smallest = replace(self, cache_run=run), self.smallest()
+        for choice in (fitted, replace(fitted, spilled=True), replace(smallest, cache_run=run)):
             if choice.peak_bytes <= budget_bytes:
                 return choice
-        parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in spilled.parts() if size)
-        raise ResourceError(
-            f"--cpu-memory {format_bytes(budget_bytes)}: too small for this run; at least {self.smallest_mib} MiB is "
-            f"needed: {parts}"
-        )
+        asked = f"--cpu-memory {format_bytes(budget_bytes)}"
+        if replace(smallest, cache_run=None).peak_bytes <= budget_bytes:
+            raise ResourceError(
+                f"{asked}: --kv runs the result, which takes {format_bytes(smallest.peak_bytes)}; leave --kv away, and "
+                "calibrate the cache later: python -m quant.kv"
+            )
+        parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in smallest.parts() if size)
+        raise ResourceError(f"{asked}: too small for this run; at least {self.smallest_mib} MiB is needed: {parts}")
 
     def parts(self) -> list[tuple[str, int]]:
         """Return the memory by purpose, in words. Embeddings and layers are not in memory at the same time."""
@@ -149,13 +160,17 @@ class Footprint:
             ("activations", self.activation_bytes),
             ("hidden states of all windows", 0 if self.spilled else self.states_bytes),
             ("measuring sensitivity, before that", self._sensitivity_bytes),
+            ("running the result for its cache, after that", self._cache_run_bytes),
         ]
 
 
-def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool = False) -> Footprint:
+def footprint(
+    plan: Plan, method: Method, windows: Windows | None, widens: bool = False, cached: Windows | None = None
+) -> Footprint:
     """Compute what a run takes, from shapes.
 
     windows: None for a method that sees nothing. widens: whether sensitivity is measured first, for `--target-bits`.
+    cached: those of the windows that are run through the result, for `--kv`.
     """
     _, layers = decoder_layers(plan.model)
     shapes = [[(x.out_features, x.in_features) for x in linears(layer).values()] for layer in layers]
@@ -168,13 +183,15 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
     if windows is not None and widens:
         measuring = [measuring_cost(layer_shapes, plan.grid, windows, plan.hidden_size) for layer_shapes in shapes]
         operations += sum(cost.operations for cost in measuring)
-        sensitivity = _sensitivity(measuring, values * FLOAT_BYTES, activations, _around_bytes(plan, windows))
+        sensitivity = _sensitivity(measuring, values * FLOAT_BYTES, activations, around_bytes(plan, as_floats=True))
+    cache_run = None if cached is None else CacheRun.of(plan, cached)
+    operations += 0.0 if cache_run is None else cache_run.operations
     seconds = operations / _operations_per_second(torch.float32)
     seconds += pass_operations / _operations_per_second(method.pass_dtype) if pass_operations else 0.0
     trim_memory()
     return Footprint(
         runtime_bytes=own_memory_bytes() + CODE_BYTES,
-        around_bytes=_around_bytes(plan, windows),
+        around_bytes=around_bytes(plan, as_floats=windows is not None),
         layer_bytes=values * FLOAT_BYTES + max(plan.layers_bytes),
         method_bytes=max(cost.memory_bytes for cost in costs),
         activation_bytes=activations,
@@ -189,6 +206,7 @@ def footprint(plan: Plan, method: Method, windows: Windows | None, widens: bool 
         kept_bytes=0 if windows is None else _held_out_samples(windows) * _sample_bytes(plan, windows),
         on_disk=_on_disk(plan, costs, windows),
         purpose=costs[0].purpose,
+        cache_run=cache_run,
     )
 
 
@@ -234,19 +252,6 @@ def _states_bytes(plan: Plan, windows: Windows) -> int:
     return FLOAT_BYTES * windows.samples * windows.tokens * plan.hidden_size
 
 
-def _around_bytes(plan: Plan, windows: Windows | None) -> int:
-    """Return what lies outside the layers, as it is written; in float32 where the layers are fed."""
-    prefix, _ = decoder_layers(plan.model)
-    outer = {name: place.spec for name, place in plan.source.locations.items() if not name.startswith(f"{prefix}.")}
-    written = sum(spec.nbytes for spec in outer.values())
-    if windows is None:
-        return written
-    parent = prefix.rpartition(".")[0]
-    fed = [spec for name, spec in outer.items() if name.startswith(f"{parent}.")]
-    as_floats = sum(FLOAT_BYTES * spec.nbytes // spec.dtype.itemsize for spec in fed)
-    return max(written, as_floats)
-
-
 def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
     """Return what a batch holds if all inputs and outputs of linears stay; outputs of held-out samples; search inputs.
 
@@ -277,61 +282,3 @@ def _operations_per_second(dtype: torch.dtype) -> float:
         a @ a
         count += 1
     return float(2 * count * 768**3 / (time.perf_counter() - started))
-
-
-def describe(plan: Plan, method: Method, output: Path, windows: Windows | None, needed: Footprint) -> str:
-    """Return what will be done, what will not, and what it takes, as lines for the person who waits."""
-    _, layers = decoder_layers(plan.model)
-    grid = plan.grid
-    kind = f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}"
-    size = "whole rows" if grid.group_size is None else f"groups of {grid.group_size}"
-    wide = sum(each.bits > grid.bits for each in plan.grids.values())
-    average = average_bits(plan.model, plan.grids)
-    widths = [f"widths   {wide} linears in 8 bits; {average:.3f} bits a weight, all counted"] if wide else []
-    lines = [
-        f"model    {plan.name}, {type(plan.model).__name__}, {len(layers)} layers, {format_bytes(plan.source.nbytes)}",
-        f"method   {method.name}, {kind}, {size}; {len(plan.grids)} linears, left alone: {len(plan.skipped)}",
-        *widths,
-        *(f"         left as it is, no linear: {what}" for what in plan.others),
-    ]
-    if windows is not None:
-        where = f"on the disk of {output}" if needed.spilled else "in memory"
-        states = f"their hidden states take {format_bytes(needed.states_bytes)}, {where}"
-        lines.append(f"data     {windows.samples} windows of {windows.tokens} tokens; {states}")
-    if needed.statistics_spilled:
-        lines.append(f"         statistics of a layer take {format_bytes(needed.statistics_file_bytes)} there as well")
-    if windows is not None:
-        lines.append(f"passes   through the layers in {str(method.pass_dtype).removeprefix('torch.')}")
-    lines.append(f"memory   at most {format_bytes(needed.peak_bytes)} for the whole process")
-    lines += [f"  {format_bytes(part):>12}  {what}" for what, part in needed.parts() if part]
-    if needed.smallest().peak_bytes < needed.peak_bytes:
-        lines.append(f"         {needed.smallest_mib} MiB would do, with --cpu-memory: the rest goes to disk")
-    lines.append(f"time     about {format_seconds(needed.seconds)}, if nothing else runs here")
-    lines.append(f"output   {output}, about {format_bytes(plan.expected_bytes)}; {_where_it_loads(plan)}")
-    return "\n".join(lines)
-
-
-def _where_it_loads(plan: Plan) -> str:
-    """Say where the checkpoint will load, and with how little memory it will run here."""
-    here = format_bytes(smallest_memory(plan, own_memory_bytes() + CODE_BYTES))
-    wide = any(grid.bits > plan.grid.bits for grid in plan.grids.values())
-    others = [] if parted(plan.skipped) else ["vLLM"]
-    if plan.grid.symmetric:
-        others.insert(0, "transformers")
-    elif not wide:  # transformers 5.23 dequantizes every linear by the first group's bits
-        others.append("transformers with dequantize=True")
-    there = f", and in {', '.join(others)}" if others else ""
-    return f"loads here, from {here} of memory on (context of {_CONTEXT_TOKENS} tokens){there}"
-
-
-def smallest_memory(plan: Plan, runtime_bytes: int = RUNTIME_BYTES) -> int:
-    """Return the bytes that a process needs to run the checkpoint, its layers on disk."""
-    config = plan.model.config
-    needs = Needs(
-        runtime_bytes=runtime_bytes,
-        fixed_bytes=_around_bytes(plan, None),
-        cache_bytes=cache_bytes(config, _CONTEXT_TOKENS, 2),
-        activation_bytes=activation_bytes(config, _CHUNK_TOKENS),
-        layers_bytes=plan.layers_bytes,
-    )
-    return needs.around_bytes + max(plan.layers_bytes)

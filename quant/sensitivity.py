@@ -20,13 +20,14 @@ from offload.errors import UsageError
 from offload.skeleton import decoder_layers
 from offload.source_weights import SourceWeights
 from quant.columns import round_in_place
-from quant.cost import FLOAT_BYTES, Cost, Shape, Windows
+from quant.cost import FLOAT_BYTES, MOST_IN_SET, Cost, Shape, Windows
 from quant.gptq_cost import gptq_cost
 from quant.groupwise import Grid
 from quant.hessian import Hessian
 from quant.hidden_states import HiddenStates
 from quant.kept_weights import KeptWeights
 from quant.layer import LayerInputs, linears, unreached
+from quant.plan import average_bits
 from quant.scale_groups import sets_by_input
 from quant.settings import AwqSettings, GptqSettings
 from quant.statistics import at_once
@@ -35,8 +36,6 @@ from quant.walk_inputs import batch_samples, first_inputs
 
 _WINDOWS = 8
 _DAMPING = 0.1
-_SET = 4
-"""Linears of one shape that share an input, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +47,6 @@ class Candidate:
     extra_bytes: int
 
 
-def average_bits(model: nn.Module, grids: Mapping[str, Grid]) -> float:
-    """Return the bits of a quantized weight in the file, scales and zero points counted."""
-    weights = {name: model.get_parameter(f"{name}.weight") for name in grids}
-    stored_bytes = sum(grids[name].stored_bytes(*weight.shape) for name, weight in weights.items())
-    return 8 * stored_bytes / sum(weight.numel() for weight in weights.values())
-
-
 def measuring_cost(shapes: list[Shape], grid: Grid, windows: Windows, hidden_size: int) -> Cost:
     """Return what measuring a layer takes besides its weights and a run of it, hidden states included.
 
@@ -64,7 +56,7 @@ def measuring_cost(shapes: list[Shape], grid: Grid, windows: Windows, hidden_siz
     few = Windows(min(_WINDOWS, windows.samples), windows.tokens)
     rounding = gptq_cost(shapes, grid, few, GptqSettings(sequential=False, propagation=0.0))
     assert rounding.on_disk is not None, "GPTQ can put its statistics there"
-    kept_bytes = _SET * FLOAT_BYTES * max(n * k for n, k in shapes)
+    kept_bytes = MOST_IN_SET * FLOAT_BYTES * max(n * k for n, k in shapes)
     kept_bytes += 2 * FLOAT_BYTES * few.samples * few.tokens * hidden_size
     on_disk = replace(rounding.on_disk, disk_bytes=rounding.on_disk.disk_bytes + kept_bytes)
     return Cost(rounding.memory_bytes + kept_bytes, rounding.operations, on_disk)

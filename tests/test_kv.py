@@ -85,6 +85,20 @@ def test_it_is_calibrated_in_the_run_that_makes_the_weights_too(
         rtn.main(["--model", str(tiny_model), "--output", str(out), "--kv", "int8"])
 
 
+def test_memory_is_left_for_the_pass_of_a_whole_window(
+    tiny_copy: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def loading(directory: Path, **words: Any) -> Any:
+        given.update(words)
+        return load(directory, **words)
+
+    monkeypatch.setattr("quant.kv.load_model", loading)
+    assert main(["--model", str(tiny_copy), "--calibration", str(calibration_text), *FLAGS]) == 0
+    assert (given["context_tokens"], given["prefill_chunk_tokens"]) == (48, 48)
+
+
 def test_a_file_that_is_not_the_calibrated_one_is_refused(tiny_copy: Path, calibration_text: Path) -> None:
     assert main(["--model", str(tiny_copy), "--calibration", str(calibration_text), *FLAGS]) == 0
     path = tiny_copy / KV_NAME
@@ -139,9 +153,14 @@ def test_a_plan_says_what_the_cache_adds_and_a_budget_that_the_result_breaks_is_
     arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), "--calibration", str(calibration_text)]
     arguments += ["--num-samples", "9", "--seq-len", "32", "--group-size", "32", "--kv", "int8"]
     assert awq.main([*arguments, "--plan"]) == 0
-    assert re.search(r"\ncache    then 9 of the windows run through the result, within \d", capsys.readouterr().out)
-    monkeypatch.setattr("quant.pipeline.smallest_memory", lambda *_: 9 << 30)
-    assert awq.main([*arguments, "--cpu-memory", "8GiB"]) == 4
-    error = capsys.readouterr().err
-    assert "--cpu-memory 8.0 GiB: --kv runs the result, which takes 9.0 GiB; leave --kv away" in error
-    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert "\ncache    then 9 of the windows run through the result, all of it in memory\n" in said
+    assert re.search(r"\d .iB  running the result for its cache, after that\n", said)
+    monkeypatch.setattr("quant.running.activation_bytes", lambda _, tokens: (9 << 30) if tokens == 32 else 0)
+    assert awq.main([*arguments, "--plan"]) == 0
+    assert re.search(r"\nmemory   at most 9\.\d GiB for the whole process\n", capsys.readouterr().out)
+    for more in (["--plan"], []):
+        assert awq.main([*arguments, *more, "--cpu-memory", "8GiB"]) == 4
+        error = capsys.readouterr().err
+        assert re.search(r"--cpu-memory 8\.0 GiB: --kv runs the result, which takes 9\.\d GiB; leave --kv away", error)
+        assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from offload.skeleton import build_skeleton
 from quant import awq, gptq, rtn
 from quant.hidden_states import Spilled, fill, new_states
 from quant.preflight import Footprint
+from quant.running import CacheRun
 from tests.test_walk import contents
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def test_hidden_states_go_to_disk_before_a_budget_is_refused() -> None:
     whole = (300 + 48 + 100 + 500) << 20
     assert FOOTPRINT.peak_bytes == whole
     assert FOOTPRINT.within(None) is FOOTPRINT
-    assert FOOTPRINT.within(whole) is FOOTPRINT
+    assert FOOTPRINT.within(whole) == FOOTPRINT
     spilled = FOOTPRINT.within(whole - 1)
     assert spilled == replace(FOOTPRINT, spilled=True)
     assert (spilled.peak_bytes, spilled.disk_bytes) == (448 << 20, 1200 << 20)
@@ -113,6 +114,25 @@ def test_measuring_sensitivity_comes_first_and_has_its_own_peak() -> None:
     assert large.peak_bytes == FOOTPRINT.peak_bytes + (1 << 20)
     assert replace(large, spilled=True).peak_bytes == large.peak_bytes
     assert ("measuring sensitivity, before that", 601 << 20) in large.parts()
+
+
+def test_the_run_of_the_result_for_its_cache_has_its_own_peak_and_takes_what_a_budget_leaves() -> None:
+    run = CacheRun(16, least_bytes=100 << 20, most_bytes=900 << 20, given_bytes=900 << 20, layers_bytes=5, operations=0)
+    needed = replace(FOOTPRINT, cache_run=run)
+    assert (needed.peak_bytes, run.read_bytes) == ((300 + 900) << 20, 5)
+    assert needed.within(1200 << 20) == needed
+    for budget_mib, spilled in ((1199, False), (948, False), (947, True), (450, True)):
+        fitted = needed.within(budget_mib << 20)
+        assert (fitted.peak_bytes, fitted.spilled) == (budget_mib << 20, spilled)
+        assert fitted.cache_run is not None
+        assert fitted.cache_run.read_bytes == 16 * 5
+        assert ("running the result for its cache, after that", (budget_mib - 300) << 20) in fitted.parts()
+    assert needed.smallest_mib == 448
+    hungry = replace(needed, cache_run=replace(run, least_bytes=200 << 20))
+    assert hungry.smallest_mib == 500
+    assert hungry.within(500 << 20).peak_bytes == 500 << 20
+    with pytest.raises(ResourceError, match=r"--kv runs the result, which takes 500\.0 MiB; leave --kv away"):
+        hungry.within((500 << 20) - 1)
 
 
 def test_a_budget_too_small_for_sensitivity_is_refused_before_it_is_measured(
@@ -196,6 +216,7 @@ print(smallest + {room_mib})
         pytest.param("rtn", [], marks=pytest.mark.slow),
         pytest.param("gptq", [], marks=pytest.mark.slow),
         pytest.param("gptq", ["--target-bits", "6"], marks=pytest.mark.slow),
+        pytest.param("awq", ["--kv", "int8"], marks=pytest.mark.slow),
         pytest.param("gptq", ["--tier", "fast", "--pass-dtype", "bfloat16"], marks=pytest.mark.slow),
     ],
 )
