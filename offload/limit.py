@@ -7,7 +7,7 @@ that holds one small layer may bound less than the memory that holds all the oth
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,18 +65,20 @@ def bounding(links: Sequence[Limit]) -> Limit:
 def measure_links(
     executor: Executor, disk_bytes_per_token: int | None = None, cache_bytes_per_token: int = 0
 ) -> tuple[Limit, ...]:
-    """Measure every link that weights take for a token, in under two seconds, and the bus if keys and values take it.
+    """Measure every link that weights, or keys and values that are not at hand, take for a token, in under two seconds.
 
-    disk_bytes_per_token: as counted, None for what is planned. cache_bytes_per_token: of keys and values across the
-    bus, as counted. Not while the model runs: what was read ahead is forgotten.
+    disk_bytes_per_token: as counted, None for what is planned; its disk is the checkpoint's, also where keys and values
+    alone are read. cache_bytes_per_token: of keys and values across the bus, as counted. Not while the model runs: what
+    was read ahead is forgotten.
     """
     side = executor.device_side
     _rest(executor)
     found: list[Limit] = []
     for link, nbytes in bytes_by_link(executor).items():
         taken = disk_bytes_per_token if link == "disk" and disk_bytes_per_token is not None else nbytes
-        if link == "bus" and side is not None and executor.kv_bytes is not None:
-            taken += cache_bytes_per_token  # how many bytes it will be, a context that grows decides
+        away = executor.kv_bytes is not None and link == ("disk" if side is None else "bus")
+        if away:  # how many bytes it will be, a context that grows decides
+            taken += cache_bytes_per_token
         elif not taken:
             continue
         elif link == "memory":
@@ -132,6 +134,8 @@ def _rest(executor: Executor) -> None:
 
 def _disk_rate(executor: Executor) -> float:
     blobs = executor.streamed_blobs or executor.expert_blobs
+    if not blobs:  # no memory was planned for whole layers
+        blobs = [replace(blob, nbytes=min(blob.nbytes, _COPY_BYTES), ranges=()) for blob in executor.blobs]
     arena = Arena(max(blob.nbytes for blob in blobs)) if executor.slots is None else executor.slots.arenas[0]
     started, total, elapsed = time.perf_counter(), 0, 0.0
     while True:

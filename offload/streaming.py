@@ -39,10 +39,10 @@ from offload.units import Units, without
 
 @dataclass(frozen=True, slots=True)
 class StreamingStats:
-    """What has been read from disk since the model was loaded.
+    """What has been read from disk since the model was loaded: weights, and keys and values that are not at hand.
 
-    cache_bytes_copied: keys and values between host memory and a device, in both directions. layer_bytes_copied: layers
-    to it.
+    layer_reads: through the queue of the weights. cache_bytes_copied: keys and values between host memory and a device,
+    in both directions. layer_bytes_copied: layers to it.
     """
 
     bytes_read: int
@@ -149,11 +149,12 @@ class Executor:
     def stats(self) -> StreamingStats:
         """Counters since loading."""
         earlier, side = self._earlier, self.device_side
-        copies = None if side is None else side.copies
+        copies = () if side is None or side.copies is None else (side.copies,)
+        reading = {queue for queue in (self.queue, self._kv_queue) if queue is not None}
         return StreamingStats(
-            earlier.bytes_read + (0 if self.queue is None else self.queue.bytes_read),
+            earlier.bytes_read + sum(queue.bytes_read for queue in reading),
             earlier.layer_reads + (0 if self.queue is None else self.queue.reads),
-            earlier.wait_seconds + sum(queue.wait_seconds for queue in (self.queue, copies) if queue is not None),
+            earlier.wait_seconds + sum(queue.wait_seconds for queue in (*reading, *copies)),
             self.reader.direct,
             0 if side is None else side.cache_copies.copied_bytes + side.cache_copies_back.copied_bytes,
             0 if side is None else side.layer_copies.copied_bytes,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from offload import limit as limit_module
 from offload.executor import executor_of, load
-from offload.limit import bounding, bytes_by_link, measure_limit, measure_links
+from offload.limit import Limit, bounding, bytes_by_link, measure_limit, measure_links
 from offload.memory import whole_pages
 from offload.planning.placement import Placement
 
@@ -147,6 +147,34 @@ def test_without_a_device(tiny_checkpoint: Path) -> None:
     assert bounding((disk, memory)) in (disk, memory)
     assert torch.equal(logits(streamed), expected)
     executor_of(streamed).close()
+
+
+def test_keys_and_values_alone_can_be_what_a_disk_is_read_for(tiny_checkpoint: Path, rates: dict[str, float]) -> None:
+    executor = executor_of(load(tiny_checkpoint, kv="int8", kv_memory=0, context_tokens=5000))
+    assert bytes_by_link(executor)["disk"] == 0
+    disk, memory = measure_links(executor)  # how much it will be, is not known yet
+    assert (disk.link, disk.bytes_per_token, memory.link) == ("disk", 0, "memory")
+    counted = 2 * executor.bytes_per_token
+    assert measure_limit(executor, counted) == Limit("disk", rates["disk"], counted)
+    executor.close()
+
+
+def test_the_disk_of_keys_and_values_is_timed_on_pieces_of_the_layers(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_module, "_COPY_BYTES", 4096)
+    monkeypatch.setattr(limit_module, "_DISK_SECONDS", 0.0)
+    executor = executor_of(load(tiny_checkpoint, kv="int8", kv_memory=0, context_tokens=5000))
+    read, arenas = [], set()
+
+    def reading(reader: Any, blob: Any, arena: Any) -> None:
+        read.append(blob.nbytes)
+        arenas.add(arena.nbytes)
+
+    monkeypatch.setattr(limit_module, "read_blob", reading)
+    assert limit_module._disk_rate(executor) > 0
+    assert (read, arenas) == ([4096], {4096})  # no memory is planned for more
+    executor.close()
 
 
 def test_a_disk_is_read_for_a_while_however_long_a_pass_over_the_model_takes(

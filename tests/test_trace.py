@@ -104,6 +104,8 @@ def test_reads_of_keys_and_values_are_there_whether_weights_are_read_or_not(
         executor.kv_queue.change.wait_for(lambda: executor.kv_queue._under_way is None)
         reads = executor.kv_queue.reads - before
         trace.close()
+        assert executor.stats.bytes_read == executor.kv_queue.bytes_read > 0
+        assert executor.stats.wait_seconds == executor.kv_queue.wait_seconds > 0
     trace.write(tmp_path / "trace.json")
     executor.close()
     events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
