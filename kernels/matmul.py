@@ -39,7 +39,7 @@ def dequant_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, 
         )
     if torch.compiler.is_compiling():
         product: Tensor = torch.ops.int4_offload.dequant_matmul(
-            x, weight.codes, weight.scale, weight.zero, bias, weight.group_size, weight.bits, mode
+            x, weight.codes, weight.scale, weight.zero, bias, weight.group_size, weight.bits, mode, weight.as_mapped
         )
         return product
     return _product(x, weight, bias, mode)
@@ -64,8 +64,9 @@ def _operator(
     group_size: int,
     bits: int,
     mode: Mode,
+    as_mapped: bool = False,
 ) -> Tensor:
-    return _product(x, PackedWeight(codes, scale, zero, group_size, bits), bias, mode)
+    return _product(x, PackedWeight(codes, scale, zero, group_size, bits, as_mapped), bias, mode)
 
 
 def _fake(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
@@ -76,7 +77,7 @@ def _fake(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
 _LIBRARY = torch.library.Library("int4_offload", "FRAGMENT")
 _LIBRARY.define(
     "dequant_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int group_size, int bits,"
-    " str mode) -> Tensor"
+    " str mode, bool as_mapped=False) -> Tensor"
 )
 _LIBRARY.impl("dequant_matmul", _operator, "CompositeExplicitAutograd")
 torch.library.register_fake("int4_offload::dequant_matmul", _fake, lib=_LIBRARY)

@@ -47,6 +47,7 @@ class PackedWeight:
 
     codes: uint8 [N, K*B/8], contiguous. scale: bfloat16 or float16 [N, K/G], contiguous. zero: int32
     [ceil(N*B/32), K/G], contiguous, or None when symmetric. group_size: G in elements, 32, 64, 128 or K. bits: B.
+    as_mapped: whether a GPU rounds the products as those with a weight in host memory, wherever this one lies.
     Raises ValueError if the tensors do not fit each other.
     """
 
@@ -55,6 +56,7 @@ class PackedWeight:
     zero: Tensor | None
     group_size: int
     bits: int = 4
+    as_mapped: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:

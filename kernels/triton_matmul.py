@@ -86,8 +86,8 @@ def _tuning(device: torch.device) -> tuple[Tuning, int]:
 
 
 def is_mapped(weight: PackedWeight, device: torch.device) -> bool:
-    """Whether the weight is read across the bus."""
-    return device.type == "cuda" and not weight.codes.is_cuda
+    """Whether the weight is read across the bus, or multiplied as if it were."""
+    return weight.as_mapped or (device.type == "cuda" and not weight.codes.is_cuda)
 
 
 def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, workspace: Tensor | None, launch: Launch) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from offload.checkpoint import LayerBlob
 from offload.device import Device, Fence, Stamp
 from offload.memory import Memory
-from offload.transfer import Slots
+from offload.transfer import Gate, Slots
 from offload.transfer_queue import Transfer, TransferQueue
 
 BOUNCE_BYTES = 4 << 20
@@ -37,6 +37,16 @@ class Lender(Protocol):
         """Give it back."""
 
 
+class Ring(Lender, Protocol):
+    """Lends units that the sequences of a round use one after the other. gate: asked before each wait, if there is one.
+
+    blobs: the units, by their positions.
+    """
+
+    gate: Gate | None
+    blobs: Sequence[LayerBlob]
+
+
 class Kept:
     """Lends arenas that stay what they are."""
 
@@ -49,6 +59,21 @@ class Kept:
 
     def release(self, position: int) -> None:
         """Do nothing."""
+
+
+class KeptInTurn(Kept):
+    """A `Ring` of arenas that stay what they are."""
+
+    def __init__(self, blobs: Sequence[LayerBlob], arenas: Sequence[Memory]) -> None:
+        super().__init__(arenas)
+        self.blobs = blobs
+        self.gate: Gate | None = None
+
+    def wait(self, position: int) -> int:
+        """Return the position, when its turn has come."""
+        if self.gate is not None:
+            self.gate.arrive(position)
+        return position
 
 
 class Bounce:
@@ -79,9 +104,10 @@ class Bounce:
 
 
 class CopyLog:
-    """Counts copies of one kind between host memory and a device, and tells whoever listens of each as it is queued.
+    """Counts what of one kind crosses between host memory and a device, and tells whoever listens of each copy ahead.
 
-    copied_bytes: since the beginning. on_copy(blob, started, ended): who listens, or None.
+    copied_bytes: since the beginning, with what a device reads across the bus while it computes. on_copy(blob, started,
+    ended): who listens, or None.
     """
 
     def __init__(self, device: Device) -> None:

@@ -76,6 +76,9 @@ class Device(Protocol):
     def copy_back(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy of as many bytes from the device into pinned memory, in the same stream."""
 
+    def copy_now(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of as many bytes, out of any host memory, where the caller has the device compute."""
+
     def mark_copies(self) -> Fence:
         """Return a fence behind the copies that are queued."""
 
@@ -216,6 +219,10 @@ class CudaDevice:
         """Queue a copy of as many bytes from the device into pinned memory, in the same stream."""
         source.record_stream(self._copies)
         self._copy(target, source)
+
+    def copy_now(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy of as many bytes, out of any host memory, in the stream in which the caller computes."""
+        target.copy_(source, non_blocking=True)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._copies):

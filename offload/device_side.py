@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from offload.captured import CapturedLayer, StepRooms
 from offload.checkpoint import LayerBlob
-from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyLog, CopyQueue, Kept, Lender
+from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyLog, CopyQueue, Kept, KeptInTurn, Lender, Ring
 from offload.device import Device
 from offload.layer_view import LayerView, copied_bytes
 from offload.lent_layers import Crossing, LentLayers, MappedLayers
@@ -51,7 +51,8 @@ class Parts:
 class DeviceSide:
     """Owns the memory on the device, the pinned memory beside it, and the hooks of the layers that need them.
 
-    copies, ring: what copies layers ahead, and the slots on the device, None if none are copied. spare: memory of a
+    copies, ring: what copies layers ahead, and the slots on the device, None if none are copied. mapped: layers in host
+    memory that the device reads where they lie, None if there are none. spare: memory of a
     layer on the device that holds nothing between passes, of a ring that was reset; None where all layers stay.
     layer_copies, cache_copies, cache_copies_back: what crossed the bus since loading, the latter two of keys and values
     that are in host memory. Raises torch.OutOfMemoryError if the device's memory does not do; then it is to be closed.
@@ -62,6 +63,7 @@ class DeviceSide:
         self.layer_copies, self.cache_copies, self.cache_copies_back = (CopyLog(device) for _ in range(3))
         self.copies: CopyQueue | None = None
         self.ring: Slots | None = None
+        self.mapped: KeptInTurn | None = None
         self.spare: Memory | None = None
         self._views: list[LayerView] = []
         self._pinned: list[Arena] = []
@@ -102,11 +104,11 @@ class DeviceSide:
         self._pin([*kept.values(), *(arena for arena in ring_arenas if isinstance(arena, Arena))])
         if staged and len(self._pinned) < len(kept) + len(ring_arenas):
             self._bounce = Bounce(self.device)
-        lenders = self._lenders(kept, parts)
+        lenders = self._lenders(kept, parts, mapped)
         if staged:
             self._stage(parts, staged, slots, lenders, copies)
         if scratch is not None:
-            self._map(parts, mapped, scratch, lenders, copies)
+            self._map(parts, mapped, scratch, copies)
         crossing = Crossing(self.device.torch_device)
         for blob, how in zip(parts.blobs, placement.hows, strict=True):
             self._handles += crossing.hook(parts.module_of(blob.module)) if how == "host" else ()
@@ -124,6 +126,11 @@ class DeviceSide:
         )
 
     @property
+    def rings(self) -> tuple[Ring, ...]:
+        """What the sequences of a round go through together: the slots on the device, and layers that are mapped."""
+        return tuple(ring for ring in (self.ring, self.mapped) if ring is not None)
+
+    @property
     def memory(self) -> list[Tensor]:
         """What layers take of the device's memory, uint8 [bytes] each: those that stay there, and the slots."""
         resident = [memory for view in self._views for memory in view.memory]
@@ -138,7 +145,7 @@ class DeviceSide:
             self.copies.close()
         for view in self._views:
             view.detach()
-        self._handles, self._views, self.copies, self.ring, self.spare = [], [], None, None, None
+        self._handles, self._views, self.copies, self.ring, self.mapped, self.spare = [], [], None, None, None, None
         self._lent = {}
         self.device.settle()
         while self._pinned:
@@ -182,11 +189,13 @@ class DeviceSide:
                 _copied_per_second(arenas[-1].bytes) / 1e9,
             )
 
-    @staticmethod
-    def _lenders(kept: dict[str, Arena], parts: Parts) -> dict[str, tuple[Lender, int]]:
+    def _lenders(self, kept: dict[str, Arena], parts: Parts, mapped: list[LayerBlob]) -> dict[str, tuple[Lender, int]]:
         """Return who lends what is in memory or on disk, and as which position, by the names of modules."""
         memory = Kept(list(kept.values()))
         lenders: dict[str, tuple[Lender, int]] = {name: (memory, position) for position, name in enumerate(kept)}
+        if in_turn := [blob for blob in mapped if blob.module in kept]:
+            self.mapped = KeptInTurn(in_turn, [kept[blob.module] for blob in in_turn])
+            lenders |= {blob.module: (self.mapped, position) for position, blob in enumerate(in_turn)}
         if parts.host_ring is not None:
             lenders |= {blob.module: (parts.host_ring, position) for position, blob in enumerate(parts.on_disk)}
         return lenders
@@ -211,16 +220,18 @@ class DeviceSide:
         parts: Parts,
         blobs: list[LayerBlob],
         scratch: Memory,
-        lenders: dict[str, tuple[Lender, int]],
         copies: Callable[[int], Memory],
     ) -> None:
-        for lender in {id(lender): lender for lender, _ in (lenders[blob.module] for blob in blobs)}.values():
-            mine = {lenders[blob.module][1]: blob for blob in blobs if lenders[blob.module][0] is lender}
+        names = {blob.module for blob in blobs}
+        for ring in (self.mapped, parts.host_ring):
+            mine = {} if ring is None else {at: blob for at, blob in enumerate(ring.blobs) if blob.module in names}
+            if ring is None or not mine:
+                continue
 
             def view_of(position: int, memory: Memory, mine: dict[int, LayerBlob] = mine) -> LayerView:
                 return parts.view_of(mine[position], memory, copies)
 
-            lent = MappedLayers(lender, view_of, self.device, scratch)
+            lent = MappedLayers(ring, view_of, self.device, scratch, self.layer_copies)
             for position, blob in mine.items():
                 self._lend(parts.module_of(blob.module), blob.module, lent, position)
 

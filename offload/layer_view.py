@@ -1,7 +1,7 @@
 """A shard in memory, as views that are put in their places in the model and taken out again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class LayerView:
             linear.packed = None
         for table, key, tensor in self.others:
             table[key] = torch.empty_like(tensor, device="meta")
+
+    def as_mapped(self) -> "LayerView":
+        """Return the same, few activations to be multiplied to the bits that they have from host memory."""
+        packed = tuple((linear, replace(weight, as_mapped=True)) for linear, weight in self.packed)
+        return replace(self, packed=packed)
 
     @property
     def memory(self) -> list[Tensor]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from offload.copy_queue import Lender
+from offload.copy_queue import CopyLog, Lender, Ring
 from offload.device import Device
 from offload.layer_view import LayerView
 from offload.memory import Memory
+from offload.transfer import Turn
 
 ViewOf = Callable[[int, Memory], LayerView]
 """Of the blob with this position among those of a lender, as it lies in some memory: where in the model it belongs."""
@@ -61,14 +62,16 @@ class LentLayers:
 class MappedLayers(LentLayers):
     """The same of layers that a device computes out of pinned host memory, across the bus.
 
-    For more tokens than its kernel takes at once, weights would cross the bus again and again: then the layer is copied
-    whole into `scratch` on the device, in the stream that computes. So is one whose memory is not pinned.
+    For more tokens than its kernel takes at once, or for several sequences that share a pass, weights would cross the
+    bus again and again: then the layer is copied whole into `scratch` on the device, once, in the stream that computes.
+    So is one whose memory is not pinned. log: counts what crosses.
     """
 
-    def __init__(self, lender: Lender, view_of: ViewOf, device: Device, scratch: Memory) -> None:
-        super().__init__(lender, view_of)
-        self._device, self._scratch = device, scratch
-        self._scratch_views: dict[int, LayerView] = {}
+    def __init__(self, ring: Ring, view_of: ViewOf, device: Device, scratch: Memory, log: CopyLog) -> None:
+        super().__init__(ring, view_of)
+        self._ring, self._device, self._scratch, self._log = ring, device, scratch, log
+        self._scratch_views: dict[tuple[int, bool], LayerView] = {}
+        self._copied_in: Turn | None = None
 
     def hook(self, layer: nn.Module, position: int) -> tuple[RemovableHandle, ...]:
         """Have a layer lend its weights from now on; return what ends that."""
@@ -85,18 +88,28 @@ class MappedLayers(LentLayers):
         self._lend(position, tokens=1)
 
     def _lend(self, position: int, tokens: int) -> None:
-        slot = self._lender.wait(position)
-        arena = self._lender.arenas[slot]
-        if tokens <= self._device.most_mapped and arena.pinned:
+        slot = self._ring.wait(position)
+        arena, gate = self._ring.arenas[slot], self._ring.gate
+        turn = None if gate is None else gate.turn(position)
+        few = tokens <= self._device.most_mapped and arena.pinned
+        if few and (turn is None or turn.sequences == 1):
             if (position, slot) not in self._views:
                 self._views[position, slot] = self._view_of(position, arena)
             self._attach(self._views[position, slot])
+            self._log.copied_bytes += self._ring.blobs[position].nbytes
             return
-        count = min(arena.nbytes, self._scratch.nbytes)
-        self._scratch.bytes[:count].copy_(arena.bytes[:count], non_blocking=True)
-        if position not in self._scratch_views:
-            self._scratch_views[position] = self._view_of(position, self._scratch)
-        self._attach(self._scratch_views[position])
+        if turn is None or turn is not self._copied_in:
+            self._copy(arena, self._ring.blobs[position].nbytes)
+            self._copied_in = turn
+        if (position, few) not in self._scratch_views:
+            view = self._view_of(position, self._scratch)
+            self._scratch_views[position, few] = view.as_mapped() if few else view
+        self._attach(self._scratch_views[position, few])
+
+    def _copy(self, arena: Memory, nbytes: int) -> None:
+        self._copied_in = None
+        self._device.copy_now(self._scratch.bytes[:nbytes], arena.bytes[:nbytes])
+        self._log.copied_bytes += nbytes
 
 
 class Crossing:

@@ -105,7 +105,7 @@ def bytes_by_link(executor: Executor) -> dict[Link, int]:
     def of(how: str) -> int:
         return sum(nbytes for nbytes, one in zip(computed, placement.hows, strict=True) if one == how)
 
-    bus, on_device = staged_bytes(executor) + of("mapped"), executor.device_side is not None
+    bus, on_device = _staged_bytes(executor) + of("mapped"), executor.device_side is not None
     return {
         "disk": placement.disk_bytes,
         "bus": bus,
@@ -114,7 +114,7 @@ def bytes_by_link(executor: Executor) -> dict[Link, int]:
     }
 
 
-def staged_bytes(executor: Executor) -> int:
+def _staged_bytes(executor: Executor) -> int:
     """Return what a pass copies of layers to a device, whoever takes part and whichever experts are routed to."""
     hows, staged = executor.placement.hows, executor.units.staged(executor.placement.split)
     sent = (sum(blob.nbytes for blob in layer.parts) for layer in staged)

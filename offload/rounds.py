@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offload.copy_queue import Ring
 from offload.executor import executor_of
 from offload.fused import fused_layers
 from offload.head import StreamedHead
 from offload.joint import Joint
 from offload.linear import JointProduct, PackedLinear
 from offload.streaming import Executor
-from offload.transfer import Slots
+from offload.transfer import Turn
 
 _BEFORE_A_PASS = -1
 _BETWEEN_PASSES = -2
@@ -143,9 +144,9 @@ class _RingGate:
         """Let a sequence stand still before unit `position` of the ring."""
         self.rounds.arrive(self.first + position)
 
-    def keeps(self, position: int) -> bool:
-        """Whether unit `position` of the ring is still to serve others."""
-        return self.rounds.keeps(self.first + position)
+    def turn(self, position: int) -> Turn | None:
+        """Return the turn that unit `position` of the ring is kept for."""
+        return self.rounds.turn(self.first + position)
 
 
 class Rounds:
@@ -162,13 +163,13 @@ class Rounds:
         self._waiting: deque[Sequence] = deque()
         self._members: list[Sequence] = []
         self._running: Sequence | None = None
-        self._shared: int | None = None
+        self._turn: Turn | None = None
         self._closed = False
         self.rounds = 0
         self.recent: deque[Round] = deque(maxlen=_WINDOW_ROUNDS)
         self._passing = 0
         self._hook = model.register_forward_pre_hook(self._before_pass)
-        self._units: list[tuple[Slots, int]] = []  # of all rings, with their positions there
+        self._units: list[tuple[Ring, int]] = []  # of all rings, with their positions there
         self._executor.between_passes = self._between_passes
         self._thread = Thread(target=self._work, name="rounds", daemon=True)
         self._thread.start()
@@ -227,9 +228,9 @@ class Rounds:
         if running is not None and running.is_current():
             running.pause(unit)
 
-    def keeps(self, unit: int) -> bool:
-        """Whether a unit is still to serve others."""
-        return unit == self._shared
+    def turn(self, unit: int) -> Turn | None:
+        """Return the turn of those who use a unit now, None if nobody does."""
+        return self._turn if self._turn is not None and self._turn.unit == unit else None
 
     def gather(self, joint: Joint, job: Any) -> None:
         """Have a job of a sequence done with those of the others; at once where there are no others."""
@@ -287,10 +288,11 @@ class Rounds:
         self._compute(members)
         while there := [sequence for sequence in members if sequence.at is not None and sequence.at >= 0]:
             unit = min(sequence.at for sequence in there if sequence.at is not None)
-            self._shared = unit
-            self._advance([sequence for sequence in there if sequence.at == unit])
+            here = [sequence for sequence in there if sequence.at == unit]
+            self._turn = Turn(unit, len(here))
+            self._advance(here)
             self._compute_next(members)  # what they want of this unit, if anything: it is still there
-            self._shared = None
+            self._turn = None
             ring, position = self._units[unit]
             ring.release(position)
             self._compute(members)

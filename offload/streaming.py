@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kernels.cpu_matmul import compiled_library
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.checksums import verify
+from offload.copy_queue import Ring
 from offload.device import Device
 from offload.device_side import DeviceSide, Parts, move_buffers
 from offload.embedding import DiskEmbedding
@@ -42,7 +43,7 @@ class StreamingStats:
     """What has been read from disk since the model was loaded: weights, and keys and values that are not at hand.
 
     layer_reads: through the queue of the weights. cache_bytes_copied: keys and values between host memory and a device,
-    in both directions. layer_bytes_copied: layers to it.
+    in both directions. layer_bytes_copied: layers to it, however they cross.
     """
 
     bytes_read: int
@@ -115,10 +116,10 @@ class Executor:
         return Slots(self.streamed_blobs, placement.depth, queue, self.poison, fence)
 
     @property
-    def rings(self) -> tuple[Slots, ...]:
-        """The slots that disk is read into, and those on a device."""
-        on_device = None if self.device_side is None else self.device_side.ring
-        return tuple(ring for ring in (self.slots, on_device) if ring is not None)
+    def rings(self) -> tuple[Ring, ...]:
+        """The slots that disk is read into, and what else the sequences of a round go through together."""
+        on_host = () if self.slots is None else (self.slots,)
+        return on_host if self.device_side is None else (*on_host, *self.device_side.rings)
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -22,14 +22,22 @@ class _Held:
     transfer: Transfer
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """The use of a unit by so many sequences, one after the other; told from every other use by what it is."""
+
+    unit: int
+    sequences: int
+
+
 class Gate(Protocol):
     """Who lets several sequences use a unit before its slot is free again, see `offload.rounds`."""
 
     def arrive(self, position: int) -> None:
         """Return when the unit may be used."""
 
-    def keeps(self, position: int) -> bool:
-        """Whether the unit that one of them has released is to stay for the others."""
+    def turn(self, position: int) -> Turn | None:
+        """Return the turn that the unit is kept for, None if it is free with its release."""
 
 
 class Slots:
@@ -80,7 +88,7 @@ class Slots:
 
     def release(self, position: int) -> None:
         """Give the slot of blob `position` back and queue the next blobs."""
-        if self.gate is not None and self.gate.keeps(position):
+        if self.gate is not None and self.gate.turn(position) is not None:
             return
         with self.queue.change:
             held = self._held.pop(position, None)

@@ -71,9 +71,9 @@ class FakeDevice:
     """fail_at: the allocation that finds no memory. unpinned: the arena that is refused, 0 for all of them.
 
     limit: memory for allocations, None for no end of it; held_bytes: what they hold now, peak_bytes: held at most;
-    buffers_bytes: of pinned memory that was allocated. fused_batch: activations up to which a product takes no memory
-    for its dequantized weight; split_products: that took memory for sums of splits. streams: that something was
-    computed in; each thread has a current one.
+    buffers_bytes: of pinned memory that was allocated; crossed_bytes: that came to it out of host memory. fused_batch:
+    activations up to which a product takes no memory for its dequantized weight; split_products: that took memory for
+    sums of splits. streams: that something was computed in; each thread has a current one.
 
     eager: copies happen when they are queued instead of as late as can be.
     """
@@ -88,7 +88,7 @@ class FakeDevice:
         self.lock = threading.RLock()
         self.allocations = self.copies = self.copied_back_bytes = self.pins = self.stamps = self.read_laters = 0
         self.captures = self.replays = 0
-        self.held_bytes = self.peak_bytes = self.buffers_bytes = 0
+        self.held_bytes = self.peak_bytes = self.buffers_bytes = self.crossed_bytes = 0
         self.gpu = GpuKind(8, 4)
         self.fused_batch, self.split_products = tuning_of(self.gpu.capability).fused_batch, 0
         self.limit: int | None = None
@@ -165,6 +165,7 @@ class FakeDevice:
             assert clock.get("compute", 0) >= into.used, "a slot is overwritten while a kernel may read it"
             clock["copy"] = into.written = out.taken = clock.get("copy", 0) + 1
             self.copies += 1
+            self.crossed_bytes += source.nbytes
             self._pending.append((clock["copy"], target, source))
             if self.eager:
                 self.run_copies(clock["copy"])
@@ -182,6 +183,14 @@ class FakeDevice:
             self._pending.append((clock["copy"], target, source))
             if self.eager:
                 self.run_copies(clock["copy"])
+
+    def copy_now(self, target: Tensor, source: Tensor) -> None:
+        assert self._region(target.data_ptr(), self.regions) is not None, "a copy into memory that is not the device's"
+        if self._region(source.data_ptr()) is None:  # what is not pinned crosses as well
+            self.crossed_bytes += source.nbytes
+        self.kernel_reads(source)
+        self.kernel_writes(target)
+        target.copy_(source)
 
     def run_copies(self, until: int) -> None:
         while self._pending and self._pending[0][0] <= until:
@@ -268,14 +277,17 @@ class FakeDevice:
         if rows > self.fused_batch and (on_device or pinned):
             self.allocate(linear.in_features * linear.out_features * x.dtype.itemsize)
         elif on_device or pinned:
-            tuning, mapped = tuning_of(self.gpu.capability), on_device is None
+            tuning = tuning_of(self.gpu.capability)
+            mapped = linear.packed.as_mapped or on_device is None
             count = split_elements(rows, linear.packed, tuning, self.gpu.processors, mapped)
             self.split_products += count > 0
             self.allocate(4 * count) if count else None
 
     def kernel_reads(self, tensor: Tensor) -> None:
         with self.lock:
-            region = self._region(tensor.data_ptr(), self.regions) or self._region(tensor.data_ptr())
+            region, pinned = self._region(tensor.data_ptr(), self.regions), self._region(tensor.data_ptr())
+            self.crossed_bytes += 0 if pinned is None else tensor.nbytes
+            region = region or pinned
             if region is not None:
                 self.streams.add(self.stream)
                 clock = self.clock_of("compute")

@@ -25,6 +25,7 @@ from offload.cache import Int8Layer
 from offload.checkpoint import LayerBlob
 from offload.executor import executor_of, load, new_cache
 from offload.limit import Limit, bytes_by_link
+from offload.linear import PackedLinear
 from offload.planning.arrangement import arranged
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement
@@ -130,6 +131,48 @@ def test_each_gets_the_tokens_that_it_gets_alone_for_the_copies_of_one(
             blob.nbytes for blob in (() if ring is None else ring.blobs)
         )
         assert alone(model) == expected  # the model is what it was
+
+
+@pytest.mark.parametrize("unpinned", [None, 0], ids=["pinned", "not pinned"])
+@pytest.mark.parametrize("name", ["mapped", "disk into mapped", "mapped and disk into mapped"])
+def test_a_layer_that_is_read_across_the_bus_crosses_it_once_a_round(
+    name: str, unpinned: int | None, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(monkeypatch, tiny_checkpoint, name, device=FakeDevice(unpinned=unpinned)) as (model, device):
+        executor = executor_of(model)
+        layers = zip(executor.blobs, executor.placement.hows, strict=True)
+        mapped_bytes = sum(blob.nbytes for blob, how in layers if how == "mapped")
+        crossed = []
+        for count in (1, 2, 4):
+            before = device.crossed_bytes
+            rounds = together(model, [Asked(model, (5, *range(number))) for number in range(count)])
+            crossed.append(device.crossed_bytes - before)
+            assert [each.bytes_copied for each in rounds.recent] == [mapped_bytes] * NEW_TOKENS
+        assert crossed[1:] == [NEW_TOKENS * mapped_bytes] * 2
+        assert 0.9 * crossed[1] < crossed[0] <= crossed[1]  # one alone leaves out norms, of which copies are made
+
+
+def test_products_are_launched_for_each_as_for_it_alone(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel across the bus rounds in another way than one in the device's memory, where a round has the layer."""
+    launched: dict[int, list[tuple[int, bool]]] = {}
+    with placed(monkeypatch, tiny_checkpoint, "mapped and disk into mapped") as (model, device):
+
+        def multiply(linear: PackedLinear, x: Tensor) -> None:
+            assert linear.packed is not None
+            pinned = any(
+                region.start <= linear.packed.codes.data_ptr() < region.end for region in device.pinned.values()
+            )
+            launch = x.numel() // x.shape[-1], linear.packed.as_mapped or pinned
+            launched.setdefault(threading.get_ident(), []).append(launch)
+
+        monkeypatch.setattr(device, "multiply", multiply)
+        expected = []
+        for prompt in PROMPTS:
+            Asked(model, prompt).generated()
+            expected.append(launched.pop(threading.get_ident()))
+        together(model, [Asked(model, prompt) for prompt in PROMPTS])
+    assert sorted(launched.values()) == sorted(expected)
+    assert {mapped for launches in expected for _, mapped in launches} == {False, True}
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -250,11 +293,12 @@ def test_what_is_drawn_and_what_prompts_share_is_that_of_each_alone(
         session.close()
 
 
-def test_the_share_of_each_link_counts_what_is_copied_once_and_what_each_reads(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["host", "mapped"])
+def test_the_share_of_each_link_counts_what_crosses_once_and_what_each_reads(
+    name: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """600 bytes in a second, in two rounds of 3 and 1; the bus takes one layer of those, whoever takes part."""
-    with placed(monkeypatch, tiny_checkpoint, "host") as (model, _):
+    """600 bytes in a second, in two rounds of 3 and 1, cross the bus, whoever takes part."""
+    with placed(monkeypatch, tiny_checkpoint, name) as (model, _):
         executor, planned = executor_of(model), bytes_by_link(executor_of(model))
         recent = [module.Round(0.5, 3, 40, 300), module.Round(0.5, 1, 60, 300)]
         rounds = SimpleNamespace(recent=recent, running=3, waiting=0, rounds=2)
@@ -262,7 +306,7 @@ def test_the_share_of_each_link_counts_what_is_copied_once_and_what_each_reads(
         links.append(Limit("device memory", 1e6, planned["device memory"]))
         text = Metrics(rounds, executor, links).text().decode()  # type: ignore[arg-type]
         shares = dict(re.findall(r'offload_link_fraction{link="([a-z ]+)"} (.*)', text))
-        on_host = executor.blobs[1].nbytes
+        on_host = executor.blobs[1].nbytes if name == "host" else 0
         assert float(shares["disk"]) == pytest.approx(100 / 1e3)
         assert float(shares["bus"]) == pytest.approx(600 / 1e6)
         assert float(shares["memory"]) == pytest.approx((600 + 4 * on_host) / 1e6)

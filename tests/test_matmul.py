@@ -20,10 +20,24 @@ def random_weight(asymmetric: bool, bits: int) -> PackedWeight:
 @pytest.mark.parametrize("bits", BITS)
 def test_the_operator_keeps_its_word(mode: Mode, asymmetric: bool, dtype: torch.dtype, bits: int) -> None:
     weight, x, bias = random_weight(asymmetric, bits), torch.randn(2, 5, 192).to(dtype), torch.randn(33)
-    operands = (x, weight.codes, weight.scale, weight.zero, bias, 64, bits, mode)
+    operands = (x, weight.codes, weight.scale, weight.zero, bias, 64, bits, mode, True)
     torch.library.opcheck(torch.ops.int4_offload.dequant_matmul.default, operands)
     found = torch.ops.int4_offload.dequant_matmul(*operands)
     assert torch.equal(found, dequant_matmul(x, weight, bias, mode))
+
+
+def test_the_operator_tells_copies_of_weights_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, told = random_weight(True, 4), []
+
+    def product(x: torch.Tensor, weight: PackedWeight, *_: object) -> torch.Tensor:
+        told.append(weight.as_mapped)
+        return x.new_zeros(2, 33)
+
+    monkeypatch.setattr("kernels.matmul._product", product)
+    operands = (torch.randn(2, 192), weight.codes, weight.scale, weight.zero, None, 64, 4, "fast")
+    torch.ops.int4_offload.dequant_matmul(*operands)
+    torch.ops.int4_offload.dequant_matmul(*operands, True)
+    assert told == [False, True]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

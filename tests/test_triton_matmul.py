@@ -104,6 +104,19 @@ def interpreted_launches() -> list[tuple[float, float]]:
     return found
 
 
+def interpreted_copies() -> None:
+    """Assert that a copy of a weight that is read across the bus gives the bits that it gives there, in any company."""
+    torch.manual_seed(0)
+    weight, x = random_weight(70, 1024, 64, True, torch.bfloat16), torch.randn(16, 1024).half()
+    copy = dataclasses.replace(weight, as_mapped=True)
+    there = fused(x, weight, None, None, plan_launch(16, weight, TUNINGS[8], 4, mapped=True))
+    assert not torch.equal(there, dequant_matmul_triton(x, weight)), "the same in either memory: nothing is shown"
+    assert torch.equal(dequant_matmul_triton(x, copy), there)
+    for row in range(16):
+        assert torch.equal(dequant_matmul_triton(x[row : row + 1], copy), there[row : row + 1])
+    assert workspace_elements(16, copy, torch.device("cpu")) != workspace_elements(16, weight, torch.device("cpu"))
+
+
 def interpreted_workspace() -> None:
     """Assert that a workspace of the caller's is used, is large enough as announced, and must be."""
     torch.manual_seed(0)
@@ -173,6 +186,10 @@ def test_interpreted_special_cases(interpreter: ProcessPoolExecutor) -> None:
 def test_interpreted_launches_err_at_most_twice_as_much_as_torch(interpreter: ProcessPoolExecutor) -> None:
     for ours, plain in interpreter.submit(interpreted_launches).result(timeout=120):
         assert ours <= 2 * plain
+
+
+def test_interpreted_copies_of_weights_in_host_memory(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(interpreted_copies).result(timeout=60)
 
 
 def test_interpreted_workspace(interpreter: ProcessPoolExecutor) -> None:
@@ -286,6 +303,9 @@ def test_gpu_reads_a_weight_in_pinned_memory(N: int, K: int, group_size: int, as
         exact, plain = x.cpu().double() @ w.double().T, x.cpu() @ w.bfloat16().T
         ours = dequant_matmul(x, weight).cpu()
         assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
+        scale, zero = weight.scale.cuda(), None if weight.zero is None else weight.zero.cuda()
+        copy = PackedWeight(weight.codes.cuda(), scale, zero, group_size, bits, as_mapped=True)
+        assert torch.equal(dequant_matmul(x, copy).cpu(), ours)
     with pytest.raises(ValueError, match="17 activations, the weight in host memory: at most 16; copy it first"):
         dequant_matmul(torch.zeros(17, K, device="cuda").bfloat16(), weight)
 

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from offload.limit import Limit, staged_bytes
+from offload.limit import Limit, bytes_by_link
 from offload.rounds import Rounds
 from offload.streaming import Executor
 
@@ -62,12 +62,14 @@ class _RoundsCollector(Collector):
         yield fraction
 
     def _carried_per_second(self, link: Limit) -> float:
-        """Return the bytes that a link carries: those of a ring once for all that run, all others for each of them."""
+        """Return the bytes that a link carries: what was read or has crossed, and what is multiplied for each."""
         if link.link == "disk":
             return self._per_second(0, of_read=1)
-        if link.link == "device memory":
-            return self._per_second(link.bytes_per_token)
-        return self._per_second(link.bytes_per_token - staged_bytes(self._executor), of_copied=1)
+        if link.link == "bus":
+            return self._per_second(0, of_copied=1)
+        if link.link == "memory":
+            return self._per_second(link.bytes_per_token - bytes_by_link(self._executor)["bus"], of_copied=1)
+        return self._per_second(link.bytes_per_token)
 
     def _per_second(self, of_sequence: int, of_read: int = 0, of_copied: int = 0) -> float:
         """Return a sum over the last rounds by their seconds, 0 while nothing runs."""
