@@ -104,6 +104,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     from offload.rounds import Rounds
     from offload.serving.app import Service
     from offload.serving.metrics import Metrics
+    from offload.serving.prefixes import Prefixes
     from offload.serving.request import Bounds
     from offload.session import Prompts, Session
 
@@ -112,7 +113,8 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     context = min(options.context, prompts.longest_tokens)
     if context < options.context:
         say(f"context  {context} tokens, all that this model takes")
-    session = Session(prompts, context, words, options.exact, options.parallel, options.prefix_tokens)
+    kept_tokens = Prefixes.useful_tokens(options.prefix_tokens, context)
+    session = Session(prompts, context, words, options.exact, options.parallel, kept_tokens)
     say(describe(session.executor.placement))
     links = measure_links(session.executor)
     rounds = Rounds(session.model, options.parallel)
@@ -124,7 +126,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
             bounds=Bounds(context, options.max_new_tokens),
             name=options.name or options.model.resolve().name,
             most=options.parallel + options.queue,
-            prefixes=_prefixes(session, options.prefix_tokens),
+            prefixes=_prefixes(session, kept_tokens),
         )
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
         config = uvicorn.Config(
@@ -144,9 +146,8 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
 
 def _prefixes(session: "Session", tokens: int) -> "Prefixes | None":
     from offload.serving.prefixes import Prefixes
-    from offload.session import PREFILL_CHUNK_TOKENS
 
-    if tokens < PREFILL_CHUNK_TOKENS:  # not one pass
+    if not tokens:
         return None
     if not Prefixes.fit(session.new_cache()):
         say("prompts  each is read anew: the layers of this model do not keep their whole past")

@@ -54,6 +54,16 @@ def run(session: Session, prompt: list[int], prefixes: Prefixes | None) -> tuple
     return reused, answer, held(cache)
 
 
+@pytest.mark.parametrize(("context", "useful"), [(PASS_TOKENS + 1, 0), (PASS_TOKENS + 2, 2 * PASS_TOKENS)])
+def test_tokens_are_kept_where_the_longest_prompt_finds_some(session: Session, context: int, useful: int) -> None:
+    most = 3 * PASS_TOKENS - 1
+    assert Prefixes.useful_tokens(most, context, PASS_TOKENS) == useful
+    assert Prefixes.useful_tokens(PASS_TOKENS - 1, context, PASS_TOKENS) == 0
+    prefixes, longest = Prefixes(most, PASS_TOKENS), tokens(9, context - 1)
+    found = [run(session, longest, prefixes)[0] for _ in range(2)]
+    assert found == [0, PASS_TOKENS if useful else 0]
+
+
 def test_what_is_reused_changes_no_bit(session: Session) -> None:
     prefixes, first = Prefixes(1024, PASS_TOKENS), tokens(1, 200)
     prompts = [first, first, first[:192], first[:129] + tokens(2, 30), first[:100], first[:64], tokens(3, 150), first]

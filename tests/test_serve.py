@@ -22,7 +22,9 @@ import openai
 import pytest
 from directories import rewritten
 from starlette.requests import Request as HttpRequest
+from transformers import LlamaConfig
 
+from offload.errors import ResourceError
 from offload.sampling import Sampling
 from offload.serve import main
 from offload.serving.answer import TextFeed
@@ -469,6 +471,23 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     assert main(["--model", str(tiny_checkpoint), *flags]) == status
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("context", "planned"), [("513", 0), ("514", 1024)])
+def test_no_memory_is_planned_for_beginnings_that_no_prompt_goes_on_from(
+    context: str, planned: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+
+    def session(*arguments: Any) -> Session:
+        kept.append(arguments[-1])
+        raise ResourceError("no session is needed")
+
+    monkeypatch.setattr("offload.session.Session", session)
+    monkeypatch.setattr("offload.session.read_config", lambda _: LlamaConfig(max_position_embeddings=2048))
+    flags = ["--model", str(tiny_checkpoint), "--port", "0", "--api-key", KEY]
+    assert main([*flags, "--context", context, "--prefix-tokens", "1500"]) == 4
+    assert kept == [planned]
 
 
 def fed(prompts: Prompts, stops: tuple[str, ...], text: str) -> tuple[list[str], TextFeed]:

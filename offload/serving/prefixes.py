@@ -31,6 +31,14 @@ class Prefixes:
         self._passes: OrderedDict[tuple[int, ...], _Pass] = OrderedDict()  # by all tokens up to the end of the pass
 
     @staticmethod
+    def useful_tokens(tokens: int, context_tokens: int, pass_tokens: int = PREFILL_CHUNK_TOKENS) -> int:
+        """Return how many of `tokens` tokens can be found again, prompts and answers having `context_tokens` together.
+
+        That is whole passes, and nothing where no prompt goes on behind the first one: memory for them would lie idle.
+        """
+        return tokens // pass_tokens * pass_tokens if context_tokens >= pass_tokens + 2 else 0
+
+    @staticmethod
     def fit(cache: Cache | None) -> bool:
         """Whether a cache can begin with what another one held: all of its layers keep their whole past."""
         return cache is not None and all(type(layer) in (DynamicLayer, Int8Layer) for layer in cache.layers)
