@@ -8,9 +8,14 @@ import pytest
 import torch
 from test_attention import BF16, Case, random_context, random_mask, random_query
 from test_captured import PROMPT, decode
+from test_decoder import Case as LayerCase
+from test_decoder import Inputs, random_inputs, random_layer
 from test_device import passes
+from test_device_step import dense_past, int8_blocks
+from test_device_step import on_gpu as on_device
 from torch import Tensor
 
+from kernels.device_step import DeviceStep, StepRoom, StepShape
 from kernels.kv_block import KVBlock, KVBlocks, KVContext, write_tokens
 from kernels.reference import attention_reference
 from offload.device import CudaDevice
@@ -134,4 +139,21 @@ def test_gpu_kernels_once_each_sanitized() -> None:
         ),
     )
     assert attention(random_query(Case(tokens=600, queries=2)).cuda(), context, 1.0, None).isfinite().all()
+    for int8 in (False, True):
+        assert step_on_gpu(int8).isfinite().all()
     torch.cuda.synchronize()
+
+
+def step_on_gpu(int8: bool) -> Tensor:
+    """What a decode step gives whose room begins as NaN."""
+    case = LayerCase(tokens=300)
+    layer = random_layer(case)
+    shape = StepShape.of(layer, case.rotary, case.dtype, int8, 512)
+    room = StepRoom(shape, torch.full((shape.nbytes,), 0xFF, dtype=torch.uint8, device="cuda"))
+    step, inputs = DeviceStep(on_device(layer, pinned=False), room), random_inputs(case)
+    given = Inputs(**{name: x.cuda() for name, x in vars(inputs).items()})
+    blocks = int8_blocks(given, case.tokens, None)
+    past = blocks.device_addresses(given.keys.device) if int8 else dense_past(given)
+    step.load(given.hidden, given.cos, given.sin, past, case.tokens)
+    step.run()
+    return step.out.clone()
