@@ -69,12 +69,12 @@ class SearchWork:
     @property
     def traffic_bytes(self) -> int:
         """Bytes read from files and written there, about, but for the inputs when they are recorded."""
-        recording = FLOAT_BYTES * self.windows.samples * self.windows.tokens * self.width
+        recording_bytes = self.windows.nbytes(self.width)
         gram = self.gram
         readings = len(gram.panels()) + (0 if is_wide(self.width) else 1)
         searched = -(-self.rows // chunk_rows(self.width)) * gram.count**2 + 3 * gram.tiles
         tried = (2 * self.settings.scale_points + 2) * FLOAT_BYTES * self.rows * self.width
-        return readings * recording + searched * gram.tile_bytes + tried
+        return readings * recording_bytes + searched * gram.tile_bytes + tried
 
 
 def awq_cost(shapes: list[Shape], grid: Grid, windows: Windows, settings: AwqSettings) -> Cost:

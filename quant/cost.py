@@ -20,6 +20,10 @@ class Windows:
     samples: int
     tokens: int
 
+    def nbytes(self, values: float) -> int:
+        """Return the bytes of so many float32 values of each token, of all windows."""
+        return int(FLOAT_BYTES * self.samples * self.tokens * values)
+
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:

@@ -55,7 +55,7 @@ class LinearWork:
     @property
     def recording_bytes(self) -> int:
         """Bytes of the recorded inputs of a wide linear, 0 for others."""
-        return FLOAT_BYTES * self.windows.samples * self.windows.tokens * self.width if self.wide else 0
+        return self.windows.nbytes(self.width) if self.wide else 0
 
     @property
     def held_bytes(self) -> int:

@@ -195,7 +195,7 @@ def footprint(
         layer_bytes=values * FLOAT_BYTES + max(plan.layers_bytes),
         method_bytes=max(cost.memory_bytes for cost in costs),
         activation_bytes=activations,
-        states_bytes=0 if windows is None else _states_bytes(plan, windows) * (3 if method.needs_original else 1),
+        states_bytes=0 if windows is None else windows.nbytes(plan.hidden_size) * (3 if method.needs_original else 1),
         output_bytes=plan.expected_bytes,
         seconds=seconds + _READS_OF_SOURCE * plan.source.nbytes / _DISK_BYTES_PER_SECOND,
         reached_bytes=peak_memory_bytes(),
@@ -237,7 +237,7 @@ def _input_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
     """Return the bytes of the inputs of all linears of a layer, for all windows."""
     shared = linears(layer).items()
     per_token = sum(_share_of_tokens(plan, layer, name) * module.in_features for name, module in shared)
-    return int(FLOAT_BYTES * windows.samples * windows.tokens * per_token)
+    return windows.nbytes(per_token)
 
 
 def _held_out_samples(windows: Windows) -> int:
@@ -246,10 +246,6 @@ def _held_out_samples(windows: Windows) -> int:
 
 def _sample_bytes(plan: Plan, windows: Windows) -> int:
     return FLOAT_BYTES * windows.tokens * plan.hidden_size
-
-
-def _states_bytes(plan: Plan, windows: Windows) -> int:
-    return FLOAT_BYTES * windows.samples * windows.tokens * plan.hidden_size
 
 
 def _activation_bytes(plan: Plan, layer: nn.Module, windows: Windows) -> int:
