@@ -116,6 +116,7 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     kept_tokens = Prefixes.useful_tokens(options.prefix_tokens, context)
     session = Session(prompts, context, words, options.exact, options.parallel, kept_tokens)
     say(describe(session.executor.placement))
+    say(_predicted(session, options.parallel))
     links = measure_links(session.executor)
     rounds = Rounds(session.model, options.parallel)
     try:
@@ -142,6 +143,14 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     finally:
         rounds.close()
         session.close()
+
+
+def _predicted(session: "Session", parallel: int) -> str:
+    """Say what the placement was chosen for: the speed of a round that is full."""
+    found = session.predicted_tokens_per_second
+    if found is None:
+        return "decode   not predicted; `python -m offload.plan` rehearses it"
+    return f"decode   {found:.1f} tokens/s predicted, of {parallel} requests together"
 
 
 def _prefixes(session: "Session", tokens: int) -> "Prefixes | None":

@@ -76,7 +76,8 @@ class Session:
     """A checkpoint that is loaded and answers. Raises what `offload.load` raises.
 
     context_tokens: keys and values to leave room for, of each of `parallel` sequences that share passes; kept_tokens:
-    of as many tokens more. exact: activations in float32.
+    of as many tokens more. exact: activations in float32. predicted_tokens_per_second: of all sequences together, None
+    for a model that `offload.plan` has not rehearsed.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Session:
     ) -> None:
         self.prompts = prompts
         context = min(context_tokens, prompts.longest_tokens) // 2
-        costs = recall_costs(prompts.directory, context, Wishes.of(words))
+        costs = recall_costs(prompts.directory, context, Wishes.of(words), parallel)
         self.model: PreTrainedModel = load(
             prompts.directory,
             context_tokens=context_tokens,
@@ -103,7 +104,7 @@ class Session:
         )
         self.executor: Executor = executor_of(self.model)
         placement = self.executor.placement
-        self.predicted_tokens_per_second = None if costs is None else 1 / placement.seconds(costs)
+        self.predicted_tokens_per_second = None if costs is None else parallel / placement.seconds(costs)
 
     def close(self) -> None:
         """Stop reading and close the files; nothing can be generated afterwards."""

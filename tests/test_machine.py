@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kernels.cpu_matmul import cpu_backend
 from kernels.kv_block import CHUNK_TOKENS, BlockShape
 from offload.checkpoint import Checkpoint
 from offload.errors import InputError
@@ -47,6 +48,7 @@ def test_a_machine_is_measured(tiny_checkpoint: Path, monkeypatch: pytest.Monkey
     assert found.read_bytes_per_second > 1e8
     assert found.kernel_bytes_per_second > 1e7
     assert found.kernel_operations_per_second > 1e8
+    assert (found.joint_operations_per_second > 1e8) == (cpu_backend() != "torch")
     assert found.disk_bytes_per_second > 1e5
     assert 0 < found.disk_seconds_per_read < 1
     assert Machine.from_json(json.loads(json.dumps(asdict(found)))) == found

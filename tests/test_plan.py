@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_device import fake_gpu
 
+from kernels.cpu_matmul import cpu_backend
 from offload.checkpoint import Checkpoint
 from offload.errors import ResourceError
 from offload.plan import main
@@ -48,6 +49,7 @@ TRUE = Overheads(
     reading_share=0.8,
     kept=COUNT,
     streamed=COUNT,
+    joint=True,
 )
 DRIFT = 0.6
 """Of the disk's rate, what it has while trials run."""
@@ -76,7 +78,8 @@ class InventedMachine:
         layers = [f"layers.{index}" for index in range(COUNT)]
         placement = plan(NEEDS, Wishes.of(words).on(layers, layers))
         timings = [self._timing(placement.tiers, placement.depth, prompt) for prompt in prompts]
-        return Trial(placement.tiers, placement.depth, tuple(timings), self.disk if placement.depth else None)
+        disk = self.disk if placement.depth else None
+        return Trial(placement.tiers, placement.depth, tuple(timings), disk, joint=TRUE.joint)
 
     disk = DiskRate(DRIFT * FIGURES.disk_bytes_per_second, FIGURES.disk_seconds_per_read)
 
@@ -107,7 +110,7 @@ def test_a_trial_gives_back_what_the_machine_was_made_with(monkeypatch: pytest.M
     found = rehearse(Path(), SHAPE, FIGURES, {"cpu_memory": budget}, 2048)
     assert invented.words == [{"cpu_memory": budget}]
     assert found.reading_share == pytest.approx(TRUE.reading_share)
-    assert (found.kept, found.streamed) == (13, 11)
+    assert (found.kept, found.streamed, found.joint) == (13, 11, True)
     for budget in (None, *(NEEDS.around_bytes + layers * 40 * MIB for layers in range(1, COUNT))):
         for context in (START_TOKENS, 2048):
             expected, predicted = (decode_costs(SHAPE, FIGURES, known, context) for known in (TRUE, found))
@@ -136,12 +139,16 @@ def test_a_rehearsal_keeps_what_an_earlier_one_knows_from_more_layers() -> None:
     streaming = replace(TRUE, layer_seconds=2.0, streamed_seconds=3.0, reading_share=0.5, kept=4, streamed=20)
     assert streaming.over(resident) == resident.over(streaming) == replace(streaming, layer_seconds=1.0, kept=24)
     assert streaming.over(Overheads()) == streaming
+    on_gpu = Overheads(outside_seconds=1.0)  # has seen no layer on the host
+    assert on_gpu.over(streaming).joint
+    assert not on_gpu.over(Overheads()).joint
 
 
 def test_a_trial_runs_in_its_own_process(tiny_checkpoint: Path) -> None:
     costs = Costs((1e-3,) * 3, (1e-3,) * 3)
     found = run_trial(tiny_checkpoint, {"device_map": "disk", "slots": 2}, (8, 40), context_tokens=64, costs=costs)
     assert (found.tiers, found.depth) == (("disk",) * 3, 2)
+    assert found.joint == (cpu_backend() != "torch")
     assert [timing.prompt_tokens for timing in found.timings] == [8, 40]
     for timing in found.timings:
         assert timing.prompt_tokens < timing.context_tokens < 64

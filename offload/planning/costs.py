@@ -84,7 +84,7 @@ class Overheads:
     layer: of every layer in memory; streamed: of every one out of the ring. outside: of a pass, between its layers.
     context: of every layer and token of context, all of it. prefill: of every layer and token of a prompt.
     reading_share: of the disk's rate that reads keep while the model runs. kept, streamed: layers in memory and on
-    disk that this was learned from.
+    disk that this was learned from. joint: whether those compute for several sequences in one call.
     """
 
     layer_seconds: float = 0.0
@@ -95,6 +95,7 @@ class Overheads:
     reading_share: float = 1.0
     kept: int = 0
     streamed: int = 0
+    joint: bool = False
 
     @property
     def known(self) -> bool:
@@ -103,7 +104,7 @@ class Overheads:
 
     def over(self, earlier: "Overheads") -> "Overheads":
         """Return them with what an earlier rehearsal knows from more layers than this one."""
-        found = self
+        found = replace(self, joint=self.joint or earlier.joint)
         if earlier.kept > found.kept:
             found = replace(found, layer_seconds=earlier.layer_seconds, kept=earlier.kept)
         if earlier.streamed > found.streamed:
@@ -130,10 +131,7 @@ def decode_costs(
 ) -> Costs:
     """Return the costs of decoding one token of each sequence with `context_tokens` tokens before it."""
     cached = batch_size * context_tokens
-    context = overheads.context_seconds
-    if context is None:
-        context = shape.cache_bytes_per_token / machine.read_bytes_per_second
-    around = overheads.layer_seconds + cached * context
+    around = overheads.layer_seconds + cached * _token_seconds(shape, machine, overheads)
     costs = _costs(shape, machine, overheads, batch_size, around)
     if shape.cache is not None:
         away = shape.cache.away_bytes(context_tokens, batch_size)
@@ -144,6 +142,50 @@ def decode_costs(
         return costs
     device_context = cached * shape.cache_bytes_per_token / machine.device_bytes_per_second
     return _with_device(costs, shape, machine, batch_size, device_context)
+
+
+def round_costs(shape: Shape, machine: Machine, overheads: Overheads, context_tokens: int, parallel: int) -> Costs:
+    """Return the costs of a round, see `offload.rounds`: a token of each of `parallel` sequences, as `decode_costs`.
+
+    What is read, or crosses the bus, does so once for all. Layers on the host make one product for all where they are
+    joint, a head that is packed does, of a byte a weight; everything else is done for one after the other.
+    """
+    alone = decode_costs(shape, machine, overheads, context_tokens)
+    if parallel == 1:
+        return alone
+
+    def each(seconds: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(parallel * one for one in seconds)
+
+    rate = machine.joint_operations_per_second or machine.kernel_operations_per_second
+    around = parallel * (overheads.layer_seconds + context_tokens * _token_seconds(shape, machine, overheads))
+    joint = _costs(shape, replace(machine, kernel_operations_per_second=rate), overheads, parallel, around)
+    blocks = tuple(
+        max(alone, 2 * nbytes * parallel / rate)
+        for alone, nbytes in zip(alone.head_seconds, shape.head_blocks_bytes, strict=True)
+    )
+    head = sum(blocks) or parallel * shape.head_bytes / machine.read_bytes_per_second
+    crossing = zip(alone.copy_seconds, alone.device_seconds, strict=True)
+    return replace(
+        joint,
+        host_seconds=joint.host_seconds if overheads.joint else each(alone.host_seconds),
+        outside_seconds=head + parallel * overheads.outside_seconds,
+        streamed_seconds=parallel * alone.streamed_seconds,
+        head_seconds=blocks,
+        device_seconds=each(alone.device_seconds),
+        mapped_seconds=tuple(copy + parallel * computing for copy, computing in crossing),
+        copy_seconds=alone.copy_seconds,
+        outside_device_seconds=parallel * alone.outside_device_seconds,
+        cache_read_seconds=parallel * alone.cache_read_seconds,
+        cache_copy_seconds=parallel * alone.cache_copy_seconds,
+    )
+
+
+def _token_seconds(shape: Shape, machine: Machine, overheads: Overheads) -> float:
+    """Return what a token of context adds to a layer on the host."""
+    if overheads.context_seconds is not None:
+        return overheads.context_seconds
+    return shape.cache_bytes_per_token / machine.read_bytes_per_second
 
 
 def prefill_costs(shape: Shape, machine: Machine, overheads: Overheads, tokens: int) -> Costs:
@@ -225,10 +267,11 @@ def remember_overheads(checkpoint: Checkpoint, overheads: Overheads) -> None:
     save_json(path, {**cache, "models": {**cache["models"], model_key(checkpoint): overheads.to_json()}})
 
 
-def recall_costs(directory: Path, context_tokens: int, wishes: Wishes) -> Costs | None:
+def recall_costs(directory: Path, context_tokens: int, wishes: Wishes, parallel: int = 1) -> Costs | None:
     """Return the costs of decoding from a checkpoint if `offload.plan` has rehearsed it on this machine, else None.
 
-    wishes: for keys and values. Raises CheckpointError if there is no finished checkpoint.
+    wishes: for keys and values. parallel: sequences that share every pass, see `round_costs`. Raises CheckpointError if
+    there is no finished checkpoint.
     """
     checkpoint = Checkpoint.open(directory)
     overheads = recall_overheads(checkpoint)
@@ -240,4 +283,4 @@ def recall_costs(directory: Path, context_tokens: int, wishes: Wishes) -> Costs 
     skeleton = build_skeleton(config, dtype)
     checkpoint = checkpoint_in_model(checkpoint, skeleton)
     shape = Shape.of(checkpoint, Units.of(skeleton, checkpoint), config, dtype.itemsize, wishes)
-    return decode_costs(shape, machine, overheads, context_tokens)
+    return round_costs(shape, machine, overheads, context_tokens, parallel)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kernels.cpu_matmul import cpu_backend, read_seconds
+from kernels.cpu_matmul import compiled_library, cpu_backend, dequant_matmul_cpu, read_seconds, untiled_level
 from kernels.matmul import dequant_matmul
 from kernels.packed import PackedWeight
 from kernels.triton_tuning import GpuKind
@@ -32,7 +32,7 @@ from offload.version import VERSION
 
 _POOL_BYTES = 256 << 20
 _ROWS, _INPUTS, _GROUP_SIZE = 4096, 4096, 64
-_PREFILL_TOKENS = 512
+_PREFILL_TOKENS, _JOINT_TOKENS = 512, 16
 _SAMPLE_SECONDS = 0.4
 _DISK_SECONDS = 2.0
 _H100 = GpuKind(9, 132)
@@ -56,7 +56,8 @@ class Machine:
     interference: seconds that the kernel takes longer for every second of a read meanwhile. copy: host to device from
     pinned memory. mapped: the product over weights in pinned host memory; device: in the device's own.
     device_runtime_bytes: what the device's memory holds before any tensor. device_capability, device_processors: what
-    its kernels are launched by, see `GpuKind`.
+    its kernels are launched by, see `GpuKind`. joint_operations: of the int4 product of one token of each of 16
+    sequences, which is never tiled; 0 where that was not measured.
     """
 
     description: str
@@ -75,6 +76,7 @@ class Machine:
     device_runtime_bytes: int = 0
     device_capability: int = 0
     device_processors: int = 0
+    joint_operations_per_second: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -143,6 +145,7 @@ def measure(blobs: Sequence[LayerBlob]) -> Machine:
     with torch.inference_mode():
         seconds_per_product = _seconds_per_call(multiply(activation))
         seconds_per_tile = _seconds_per_call(multiply(many))
+        joint = _joint_operations_per_second(weights)
         disk = disk_rate(blobs)
         beside_reads = _beside(lambda: _seconds_per_call(multiply(activation)), blobs)
     memory = torch.empty(pool_bytes, dtype=torch.uint8).fill_(1)
@@ -156,6 +159,7 @@ def measure(blobs: Sequence[LayerBlob]) -> Machine:
         disk_bytes_per_second=disk.bytes_per_second,
         disk_seconds_per_read=disk.seconds_per_read,
         interference=max(0.0, beside_reads / seconds_per_product - 1),
+        joint_operations_per_second=joint,
         **device,
     )
 
@@ -202,6 +206,17 @@ def _weights(pool_bytes: int) -> list[PackedWeight]:
     codes = torch.randint(256, (_ROWS, _INPUTS // 2), dtype=torch.uint8)
     count = max(2, pool_bytes // (codes.nbytes + scale.nbytes))
     return [PackedWeight(codes.clone(), scale.clone(), None, _GROUP_SIZE) for _ in range(count)]
+
+
+def _joint_operations_per_second(weights: Sequence[PackedWeight]) -> float:
+    """Return what the product of a round makes in a second; 0 where each sequence has one of its own."""
+    if compiled_library() is None:
+        return 0.0
+    rows = torch.randn(_JOINT_TOKENS, _INPUTS)
+    seconds = _seconds_per_call(
+        lambda index: dequant_matmul_cpu(rows, weights[index % len(weights)], None, "fast", untiled_level())
+    )
+    return 2 * _ROWS * _INPUTS * _JOINT_TOKENS / seconds
 
 
 def _seconds_per_call(step: Callable[[int], object]) -> float:

@@ -38,6 +38,7 @@ def rehearse(directory: Path, shape: Shape, machine: Machine, words: WishWords, 
         reading_share=_reading_share(trial),
         kept=kept,
         streamed=streamed,
+        joint=trial.joint,
     )
 
 

@@ -16,6 +16,7 @@ from offload.checkpoint import Checkpoint
 from offload.command import run
 from offload.errors import InputError, ResourceError, ToolkitError, UsageError
 from offload.executor import executor_of, load
+from offload.fused import fused_layers
 from offload.planning.machine import DiskRate, Machine, measure, time_disk
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs, Tier, Way
@@ -34,7 +35,8 @@ _DECIDED = (
 class Trial:
     """What a trial found: the placement it was loaded with, one timing for each prompt, and the disk right after.
 
-    disk: None if nothing was streamed. The other fields are those of `Placement`.
+    disk: None if nothing was streamed. joint: whether layers compute for several sequences in one call. The other
+    fields are those of `Placement`.
     """
 
     tiers: tuple[Tier, ...]
@@ -48,12 +50,13 @@ class Trial:
     head_tiers: tuple[Tier, ...] = ()
     experts_apart: tuple[int, ...] = ()
     expert_slots: int = 0
+    joint: bool = False
 
     @classmethod
-    def of(cls, placement: Placement, timings: Sequence[Timing], disk: DiskRate | None) -> "Trial":
+    def of(cls, placement: Placement, timings: Sequence[Timing], disk: DiskRate | None, joint: bool) -> "Trial":
         """Return what was found of a placement."""
         decided = {name: getattr(placement, name) for name in _DECIDED}
-        return cls(timings=tuple(timings), disk=disk, **decided)
+        return cls(timings=tuple(timings), disk=disk, joint=joint, **decided)
 
     def placed(self, planned: Placement) -> Placement:
         """Return the placement that was tried, of the model and the budgets of one that was planned."""
@@ -111,7 +114,7 @@ def run_trial_here(
         executor.slots.reset()
         disk = time_disk(executor.streamed_blobs, executor.reader, executor.slots.arenas[0])
     executor.close()
-    return Trial.of(executor.placement, timings, disk)
+    return Trial.of(executor.placement, timings, disk, bool(fused_layers(executor.layers)))
 
 
 def run_measurement(directory: Path) -> Machine:
