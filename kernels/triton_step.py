@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 from kernels.decoder import DecoderLayer, Projection
-from kernels.device_step import StepRoom
 from kernels.kv_block import BLOCK_TOKENS, BlockShape
+from kernels.step_room import StepRoom
 from kernels.triton_attention import AttentionTile, head_block, launch_attention, launch_merge
 from kernels.triton_matmul import is_mapped, launch_product, launch_sums, summed_step
 from kernels.triton_step_kernels import (

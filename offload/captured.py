@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from kernels.device_step import DeviceStep, StepRoom, StepShape
+from kernels.device_step import DeviceStep
 from kernels.kv_block import integers_on
+from kernels.step_room import StepRoom, StepShape
 from offload.cache import Int8Layer
 from offload.device import Device
 from offload.fused import decoder_layer

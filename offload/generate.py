@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offload.clock import Clock
     from offload.sampling import Sampling
     from offload.session import Prompts, Session
-    from offload.streaming import StreamingStats
+    from offload.streaming_stats import StreamingStats
 
 _DEFAULT_PROMPT = "Explain in a few sentences why the sky is blue."
 

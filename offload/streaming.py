@@ -7,7 +7,6 @@ detached. What a device computes is arranged by `offload.device_side`, with the 
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -34,24 +33,9 @@ from offload.planning.placement import Placement
 from offload.planning.wishes import KVFormat
 from offload.proved import fuse, unfuse
 from offload.read_queue import ReadQueue, read_blob
+from offload.streaming_stats import StreamingStats
 from offload.transfer import Slots
 from offload.units import Units, without
-
-
-@dataclass(frozen=True, slots=True)
-class StreamingStats:
-    """What has been read from disk since the model was loaded: weights, and keys and values that are not at hand.
-
-    layer_reads: through the queue of the weights. cache_bytes_copied: keys and values between host memory and a device,
-    in both directions. layer_bytes_copied: layers to it, however they cross.
-    """
-
-    bytes_read: int
-    layer_reads: int
-    wait_seconds: float
-    direct: bool
-    cache_bytes_copied: int = 0
-    layer_bytes_copied: int = 0
 
 
 class Executor:

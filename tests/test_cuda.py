@@ -15,9 +15,10 @@ from test_device_step import dense_past, int8_blocks
 from test_device_step import on_gpu as on_device
 from torch import Tensor
 
-from kernels.device_step import DeviceStep, StepRoom, StepShape
+from kernels.device_step import DeviceStep
 from kernels.kv_block import KVBlock, KVBlocks, KVContext, write_tokens
 from kernels.reference import attention_reference
+from kernels.step_room import StepRoom, StepShape
 from offload.device import CudaDevice
 from offload.executor import executor_of, load
 from offload.planning.arrangement import arranged

@@ -33,9 +33,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def _modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of their own round in another way than modules; what they take on a GPU is in tests/test_captured.py."""
+    """The fused step rounds in another way than the modules of layers on a GPU."""
     monkeypatch.setattr("offload.streaming.fuse", lambda *_: 0)
-    monkeypatch.setattr(needs_module, "step_shape", lambda *_: None)
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.decoder import DecoderLayer, Projection
-from kernels.device_step import DeviceStep, StepRoom, StepShape
+from kernels.device_step import DeviceStep
 from kernels.kv_block import (
     BLOCK_TOKENS,
     BlockShape,
@@ -30,6 +30,7 @@ from kernels.kv_block import (
     write_tokens,
 )
 from kernels.packed import PackedWeight
+from kernels.step_room import StepRoom, StepShape
 from kernels.triton_attention import TritonAttention
 from kernels.triton_matmul import dequant_matmul_triton
 from kernels.triton_tuning import GpuKind, product_bytes, split_tokens

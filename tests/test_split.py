@@ -230,7 +230,7 @@ def test_a_plan_cuts_no_layer_for_a_gpu_that_nobody_asked_for(
 
 def test_what_was_tried_is_what_was_placed(wide_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, in_parts = placements(wide_int4, monkeypatch, "staged", "staged in parts")
-    assert trial.Trial.of(in_parts, [], None).placed(whole) == in_parts
+    assert trial.Trial.of(in_parts, [], None, joint=False).placed(whole) == in_parts
 
 
 def test_one_pass_copies_what_the_bus_is_said_to_carry(wide_int4: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,8 @@ def test_a_copy_that_goes_wrong_is_found(
     with fake_gpu(monkeypatch) as device:
         monkeypatch.setattr("offload.device.find_device", lambda: device)
         assert main(["--model", str(tiny_checkpoint), *FLAGS]) == 3
-    assert "other logits than GPU: resident: GPU: half staged (in the prompt); GPU: staged" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "other logits than GPU: resident, GPU: resident, modules: GPU: half staged (in the prompt); " in told
 
 
 def test_offers_of_a_single_layer() -> None:

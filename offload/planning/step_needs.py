@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 
-from kernels.device_step import StepShape
+from kernels.step_room import StepShape
 from kernels.triton_tuning import GpuKind
 from offload.captured import FEWEST_TOKENS, most_tokens, room_bytes
 from offload.checkpoint import Checkpoint
