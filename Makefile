@@ -20,7 +20,7 @@ $(STAMP): requirements.txt
 demo: setup
 	$(BIN)/python -m quant.rtn --bits 4
 	$(BIN)/python -m quant.awq --bits 4
-	$(BIN)/python -m offload.generate --cpu-memory 540MiB
+	$(BIN)/python -m offload.generate --cpu-memory 370MiB
 	$(BIN)/python -m eval.compare $(DEFAULT)-rtn-int4-g64 $(DEFAULT)-awq-int4-g64 --limit-windows 8
 
 test: setup

@@ -44,7 +44,7 @@ def _command(argv: list[str]) -> None:
     parser = Parser("eval.compare", "Compare checkpoints with the model they were made from.")
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint directories, of one source model")
     add_protocol_flags(parser)
-    parser.add_argument("--cpu-memory", default="540MiB", help="budget of the streamed runs")
+    parser.add_argument("--cpu-memory", default="370MiB", help="budget of the streamed runs")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens of the streamed runs")
     parser.add_argument("--record", action="store_true", help="append the rows to the results file")
     parser.add_argument("--results", type=Path, default=RESULTS / "models.csv", help="results file")

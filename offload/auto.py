@@ -7,14 +7,14 @@ transformers imports the class.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from offload.import_hooks import around_import
 
 _MODULE = "transformers.models.auto.modeling_auto"
 _OURS = ("device_map", "max_memory", "dtype", "torch_dtype")
@@ -31,40 +31,14 @@ def register() -> None:
     module = sys.modules.get(_MODULE)
     if module is not None:
         _wrap(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    else:
+        around_import(_MODULE, _wrapped)
 
 
-class _Finder(MetaPathFinder):
-    """Finds the module where it is, and gives it a loader that wraps the class once it is there; then it is gone."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of that one module, None for every other."""
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(Loader):
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the loader that was found."""
-        created: ModuleType | None = self._loader.create_module(spec)
-        return created
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then wrap."""
-        self._loader.exec_module(module)
-        _wrap(module)
+@contextmanager
+def _wrapped(module: ModuleType) -> Iterator[None]:
+    yield
+    _wrap(module)
 
 
 def _wrap(module: Any) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from offload.errors import ResourceError, ToolkitError, UsageError
+from offload.lean_import import import_lean
 from offload.namesake import CURE, what_is_wrong
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -44,7 +45,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `command(argv)` and return its exit status: 0, the error's own, 130/143 on a signal, 1 on our bug."""
+    """Run `command(argv)` and return its exit status: 0, the error's own, 130/143 on a signal, 1 on our bug.
+
+    What it imports of transformers is lean: a command has its process to itself.
+    """
+    import_lean()
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     signal.signal(signal.SIGTERM, _raise_terminated)

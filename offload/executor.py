@@ -27,7 +27,7 @@ from offload.memory import trim_memory
 from offload.model_tensors import check_tensors, replace_linears
 from offload.names import checkpoint_in_model
 from offload.planning.choice import plan
-from offload.planning.needs import Needs, count_needs
+from offload.planning.needs import CODE_BYTES, Needs, count_needs, settle_libraries
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords, flag
@@ -68,6 +68,7 @@ def load(
     """
     wishes = Wishes.of(words)
     device = wished_device(wishes)
+    trim_memory()
     checkpoint = Checkpoint.open(opened(Path(directory), plain=True))
     config = read_config(checkpoint.directory)
     model = build_skeleton(config, dtype or getattr(config, "dtype", None) or torch.bfloat16)
@@ -77,7 +78,7 @@ def load(
     units = Units.of(model, checkpoint)
     layers = [blob.module for blob in checkpoint.blobs if blob.module]
     wishes = wishes.on([name for name, _ in model.named_modules()], layers)
-    trim_memory()
+    code_bytes = settle_libraries()
     needs = count_needs(
         config,
         checkpoint,
@@ -92,6 +93,7 @@ def load(
         kv_bytes=wishes.kv_bytes,
         parallel=parallel,
         kept_tokens=kept_tokens,
+        code_bytes=code_bytes if device is None else CODE_BYTES,
     )
     placement: Placement | None = None
     if device is not None:

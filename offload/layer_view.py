@@ -48,7 +48,7 @@ class LayerView:
         for linear, _ in self.packed:
             linear.packed = None
         for table, key, tensor in self.others:
-            table[key] = torch.empty_like(tensor, device="meta")
+            table[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     def as_mapped(self) -> "LayerView":
         """Return the same, few activations to be multiplied to the bits that they have from host memory."""

@@ -111,7 +111,7 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     from offload.planning.costs import Shape, recall_overheads
     from offload.planning.device_needs import device_scratch
     from offload.planning.forecast import PREFILL_TOKENS, Subject
-    from offload.planning.needs import count_needs
+    from offload.planning.needs import CODE_BYTES, count_needs, settle_libraries
     from offload.planning.step_needs import step_shape, with_steps
     from offload.skeleton import build_skeleton, read_config
     from offload.units import Units
@@ -122,12 +122,13 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
     if options.context > longest:
         raise UsageError(f"--context {options.context}: the model takes {longest} tokens at most")
     dtype = getattr(config, "dtype", None) or torch.bfloat16
+    trim_memory()  # what is mapped from here on is what `load` finds mapped as well
     layers = [blob.module for blob in checkpoint.blobs if blob.module]
     skeleton = build_skeleton(config, dtype)
     checkpoint = checkpoint_in_model(checkpoint, skeleton)
     wishes = wishes.on([name for name, _ in skeleton.named_modules()], layers)
     units = Units.of(skeleton, checkpoint)
-    trim_memory()
+    code_bytes = settle_libraries()
     needs = count_needs(
         config,
         checkpoint,
@@ -138,12 +139,15 @@ def _subject(options: argparse.Namespace, wishes: Wishes) -> "Subject":
         chunk_tokens=PREFILL_TOKENS,
         kv=wishes.kv,
         kv_bytes=wishes.kv_bytes,
+        code_bytes=code_bytes,
     )
     if wishes.gpu_word is None and not wishes.anywhere:
         plan(needs, wishes)
     machine, asked = _machine(options), wishes.gpu_word is not None
     if wishes.gpu_word is not None or (wishes.anywhere and machine.has_device):
         wishes = _on_device(wishes, machine)
+    if machine.has_device:
+        needs = replace(needs, runtime_bytes=needs.runtime_bytes - code_bytes + CODE_BYTES)
     rows = options.batch * min(options.context, PREFILL_TOKENS)
     scratch = device_scratch(checkpoint, dtype, machine.gpu, rows, options.batch)
     if options.batch == 1:

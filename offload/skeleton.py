@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from offload.checkpoint import CONFIG_NAME
@@ -48,7 +49,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     Raises InputError if a value of the configuration is one that no model can be built with.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _NothingDrawn():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         kind = type(config).__name__
@@ -56,6 +57,19 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     make_plain(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves weights on the meta device alone that are to be drawn: torch would import its compiler to do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return a tensor on the meta device as it is from what would draw it, else call the function."""
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_):
+            drawn: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if drawn.is_meta:
+                return drawn
+        return func(*args, **kwargs)
 
 
 def _reason(error: Exception) -> str:

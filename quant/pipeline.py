@@ -78,7 +78,7 @@ def quantize(kind: str, make: Callable[[Path], Method], options: argparse.Namesp
     budget_bytes = None if options.cpu_memory is None else parse_bytes(options.cpu_memory, "--cpu-memory")
     if budget_bytes is not None:
         give_memory_back_at_once()
-        trim_memory()
+    trim_memory()
     plan = make_plan(options)
     name = f"{plan.name}-{kind}-int{plan.grid.bits}-g{plan.grid.group_size or 'row'}"
     name += "" if options.target_bits is None else f"-{options.target_bits:g}bits"

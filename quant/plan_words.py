@@ -3,8 +3,6 @@
 from pathlib import Path
 
 from offload.command import format_bytes, format_seconds
-from offload.memory import own_memory_bytes
-from offload.planning.needs import CODE_BYTES
 from offload.skeleton import decoder_layers
 from quant.cost import Windows
 from quant.model_card import parted
@@ -42,16 +40,18 @@ def describe(plan: Plan, method: Method, output: Path, windows: Windows | None, 
     if needed.smallest().peak_bytes < needed.peak_bytes:
         lines.append(f"         {needed.smallest_mib} MiB would do, with --cpu-memory: the rest goes to disk")
     lines.append(f"time     about {format_seconds(needed.whole_seconds)}, if nothing else runs here")
-    lines.append(f"output   {output}, about {format_bytes(plan.expected_bytes)}; {_where_it_loads(plan)}")
+    lines.append(
+        f"output   {output}, about {format_bytes(plan.expected_bytes)}; {_where_it_loads(plan, needed.runtime_bytes)}"
+    )
     if (run := needed.cache_run) is not None:
         where = "all of it in memory" if run.given_bytes == run.most_bytes else "whose layers are read for each"
         lines.append(f"cache    then {run.samples} of the windows run through the result, {where}")
     return "\n".join(lines)
 
 
-def _where_it_loads(plan: Plan) -> str:
+def _where_it_loads(plan: Plan, runtime_bytes: int) -> str:
     """Say where the checkpoint will load, and with how little memory it will run here."""
-    here = format_bytes(smallest_memory(plan, own_memory_bytes() + CODE_BYTES))
+    here = format_bytes(smallest_memory(plan, runtime_bytes))
     wide = any(grid.bits > plan.grid.bits for grid in plan.grids.values())
     others = [] if parted(plan.skipped) else ["vLLM"]
     if plan.grid.symmetric:

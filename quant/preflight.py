@@ -14,8 +14,8 @@ from torch import nn
 from offload.command import format_bytes
 from offload.errors import ResourceError
 from offload.experts import Experts
-from offload.memory import own_memory_bytes, peak_memory_bytes, trim_memory
-from offload.planning.needs import CODE_BYTES
+from offload.memory import own_memory_bytes, peak_memory_bytes
+from offload.planning.needs import settle_libraries
 from offload.skeleton import decoder_layers
 from quant.cost import FLOAT_BYTES, Cost, OnDisk, Windows
 from quant.layer import linears
@@ -188,9 +188,9 @@ def footprint(
     operations += 0.0 if cache_run is None else cache_run.operations
     seconds = operations / _operations_per_second(torch.float32)
     seconds += pass_operations / _operations_per_second(method.pass_dtype) if pass_operations else 0.0
-    trim_memory()
+    code_bytes = settle_libraries()
     return Footprint(
-        runtime_bytes=own_memory_bytes() + CODE_BYTES,
+        runtime_bytes=own_memory_bytes() + code_bytes,
         around_bytes=around_bytes(plan, as_floats=windows is not None),
         layer_bytes=values * FLOAT_BYTES + max(plan.layers_bytes),
         method_bytes=max(cost.memory_bytes for cost in costs),

@@ -272,4 +272,4 @@ def state_names(layer: nn.Module) -> list[str]:
 def release(layer: nn.Module) -> None:
     """Drop a layer's weights again."""
     for key, tensor in layer.state_dict().items():
-        assign(layer, key, torch.empty_like(tensor, device="meta"))
+        assign(layer, key, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))

@@ -21,8 +21,6 @@ from kernels.packed import PackedWeight, dequantize
 from offload.checkpoint import Checkpoint
 from offload.command import parse_bytes
 from offload.executor import executor_of, load
-from offload.memory import own_memory_bytes
-from offload.planning.needs import CODE_BYTES
 from offload.source import _embedded_gguf, resolve_model
 from offload.text import load_text, tokenize
 from tests.test_preflight import TWICE
@@ -30,11 +28,11 @@ from tests.test_preflight import TWICE
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parent.parent
-BUDGET_BYTES = 540 << 20
+BUDGET_BYTES = 370 << 20
 FEW = ("--num-samples", "32", "--seq-len", "128")
 """An eighth of the tokens that are the default: what is promised here holds on these, too, and is not held less."""
 
-QUANTIZATIONS = {"rtn": ("--cpu-memory", "600MiB"), "awq": ("--cpu-memory", "840MiB", *FEW, "--set", "scale_points=8")}
+QUANTIZATIONS = {"rtn": ("--cpu-memory", "540MiB"), "awq": ("--cpu-memory", "700MiB", *FEW, "--set", "scale_points=8")}
 
 
 def run(module: str, *flags: str, before: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -106,13 +104,12 @@ def test_gptq_stays_within_the_budget_of_the_whole_process(tmp_path: Path) -> No
     assert json.loads(result)["peak_memory_bytes"] <= int(budget_mib) << 20
 
 
-def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]) -> None:
+def test_streamed_equals_resident(checkpoints: dict[str, Path]) -> None:
     text = load_text(None, "evaluation")
     tokens = tokenize(text, AutoTokenizer.from_pretrained(checkpoints["awq"]))[:200]
     resident = load(checkpoints["awq"])
-    needs = executor_of(resident).placement.needs
-    room = needs.around_bytes - needs.runtime_bytes + 9 * max(needs.layers_bytes)
-    streamed = load(checkpoints["awq"], cpu_memory=own_memory_bytes() + CODE_BYTES + room)
+    on_disk = {f"model.layers.{index}": "disk" for index in range(30) if index % 4}
+    streamed = load(checkpoints["awq"], device_map={"": "cpu", **on_disk})
     with torch.inference_mode():
         assert "disk" in executor_of(streamed).placement.tiers
         assert torch.equal(streamed(tokens[None]).logits, resident(tokens[None]).logits)
@@ -121,7 +118,7 @@ def test_streamed_equals_resident_within_the_budget(checkpoints: dict[str, Path]
 
 def test_generation_stays_within_the_budget_of_the_whole_process(checkpoints: dict[str, Path]) -> None:
     prompt = ("--no-chat", "--prompt", "Once upon a time there was a king who")
-    flags = ("--model", str(checkpoints["awq"]), "--max-new-tokens", "64", "--cpu-memory", "540MiB", *prompt)
+    flags = ("--model", str(checkpoints["awq"]), "--max-new-tokens", "64", "--cpu-memory", "370MiB", *prompt)
     with memory_limited_group(BUDGET_BYTES) as join:
         report = run("offload.generate", *flags, before=join)
     assert report["new_tokens"] > 16

@@ -1,6 +1,6 @@
 """A model loaded and timed in a process of its own: what was measured or planned before is not in its memory.
 
-`run_trial` starts the process, and `python -m offload.planning.trial` is what runs in it: a request in JSON comes
+`run_trial` starts the process, and `offload.planning.trial_process` is what runs in it: a request in JSON comes
 as its argument, the answer goes to stdout.
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from offload.checkpoint import Checkpoint
-from offload.command import run
 from offload.errors import InputError, ResourceError, ToolkitError, UsageError
 from offload.executor import executor_of, load
 from offload.fused import fused_layers
@@ -122,13 +121,8 @@ def run_measurement(directory: Path) -> Machine:
     return Machine.from_json(_ask({"measure": str(directory.resolve())}))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Answer one request; returns the exit status."""
-    return run(_command, argv)
-
-
 def _ask(request: dict[str, Any]) -> Any:
-    command = [sys.executable, "-m", "offload.planning.trial", json.dumps(request)]
+    command = [sys.executable, "-m", "offload.planning.trial_process", json.dumps(request)]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, cwd=root)
     if result.returncode == 0:
@@ -144,12 +138,12 @@ def _ask(request: dict[str, Any]) -> Any:
     raise ToolkitError(f"a trial run of the model failed: {message}")
 
 
-def _command(argv: list[str]) -> None:
-    request = json.loads(argv[0])
+def answer(asked: str) -> str:
+    """Do in this process what another asks of it, in JSON, and return what was found, in JSON."""
+    request = json.loads(asked)
     if "measure" in request:
         blobs = [blob for blob in Checkpoint.open(request["measure"]).blobs if blob.module]
-        print(json.dumps(asdict(measure(blobs))))
-        return
+        return json.dumps(asdict(measure(blobs)))
     trial = run_trial_here(
         Path(request["directory"]),
         cast(WishWords, request["words"]),
@@ -158,12 +152,8 @@ def _command(argv: list[str]) -> None:
         batch_size=request["batch_size"],
         costs=None if request["costs"] is None else Costs(**_with_tuples(request["costs"])),
     )
-    print(json.dumps(asdict(trial)))
+    return json.dumps(asdict(trial))
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-if __name__ == "__main__":
-    sys.exit(main())
