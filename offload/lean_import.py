@@ -1,7 +1,7 @@
 """transformers without what no command here uses of it: torch's compiler, tensors spread over processes, and scipy.
 
 It imports them to register functions with the compiler, to know the class of such tensors, and for losses. Without them
-a process that runs a checkpoint holds 57 MiB less of its own and 40 MiB less of libraries, and starts 1.3 s sooner.
+a process that runs a checkpoint holds 75 MiB less of its own and 40 MiB less of libraries, and starts 1.2 s sooner.
 """
 
 import sys
