@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.cache import CACHE_NAME, KVCache
 from offload.command import Progress
 from offload.errors import InputError
+from offload.kv.cache import CACHE_NAME, KVCache
 from offload.planning.wishes import KVFormat
 
 _HEAD_CHUNK_TOKENS = 256

@@ -23,14 +23,14 @@ from eval.likelihood import Divergence, Protocol, measure, standard_error
 from eval.results import append, circumstances, command_line
 from kernels.cpu_matmul import cpu_backend
 from kernels.matmul import Mode
-from offload.cache import use_int8_attention
 from offload.checkpoint import Checkpoint, is_checkpoint
 from offload.command import Parser, run, say
-from offload.convert import opened
 from offload.errors import InputError, UsageError
 from offload.executor import load
-from offload.gguf_file import gguf_path
-from offload.kv_calibration import KV_NAME
+from offload.formats.convert import opened
+from offload.formats.gguf_file import gguf_path
+from offload.kv.cache import use_int8_attention
+from offload.kv.calibration import KV_NAME
 from offload.planning.wishes import KVFormat
 from offload.source import DEFAULT_OUTPUT, resolve_model
 from offload.text import Text, load_text, load_tokenizer, tokenize

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(options: argparse.Namespace, words: WishWords) -> "Chat":
     from offload.conversation import Conversation
-    from offload.convert import opened
+    from offload.formats.convert import opened
     from offload.limit import measure_links
     from offload.memory import trim_memory
     from offload.planning.words import describe

@@ -14,9 +14,9 @@ from typing import Any
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from offload.cache import Int8Layer, keeps_nothing
 from offload.clock import Clock
 from offload.errors import InputError, ResourceError
+from offload.kv.cache import Int8Layer, keeps_nothing
 from offload.sampling import Sampling
 from offload.session import Session
 

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from kernels.matmul import Mode
-from offload.cache import CACHE_NAME, KVCache, use_int8_attention
 from offload.checkpoint import Checkpoint
-from offload.convert import opened
-from offload.device import Device, find_device
 from offload.errors import ResourceError, UsageError
 from offload.files import reading
-from offload.kv_calibration import read_kv
-from offload.kv_store import FileStore, HostStore
+from offload.formats.convert import opened
+from offload.gpu.device import Device, find_device
+from offload.gpu.recovery import recover
+from offload.kv.cache import CACHE_NAME, KVCache, use_int8_attention
+from offload.kv.calibration import read_kv
+from offload.kv.shelved_layer import shelved_cache
+from offload.kv.store import FileStore, HostStore
 from offload.memory import trim_memory
 from offload.model_tensors import check_tensors, replace_linears
 from offload.names import checkpoint_in_model
@@ -31,8 +33,6 @@ from offload.planning.needs import CODE_BYTES, Needs, count_needs, settle_librar
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes, WishWords, flag
-from offload.recovery import recover
-from offload.shelved_layer import shelved_cache
 from offload.skeleton import build_skeleton, read_config
 from offload.streaming import Executor
 from offload.units import Units
@@ -56,7 +56,7 @@ def load(
 ) -> PreTrainedModel:
     """Return the checkpoint in `directory` as a model that keeps the process within the budget `cpu_memory`.
 
-    Another tool's checkpoint is re-laid first, see `offload.convert`.
+    Another tool's checkpoint is re-laid first, see `offload.formats.convert`.
 
     context_tokens: keys and values to leave room for, of each of batch_size sequences; parallel, kept_tokens: of so
     many batches that share passes, and of so many tokens more, see `count_needs`. dtype: of activations and of

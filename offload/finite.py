@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload.device import Device
 from offload.errors import InputError
+from offload.gpu.device import Device
 
 _LOOKED_AT_TOKENS = 512
 

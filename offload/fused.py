@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from kernels.attention import attention
 from kernels.decoder import CompiledLayer, DecoderLayer, Projection, Token, dense_token, int8_token
 from kernels.matmul import Mode
-from offload.cache import Int8Layer
 from offload.joint import Gather, do
+from offload.kv.cache import Int8Layer
 from offload.linear import PackedLinear
 from offload.single_token import SingleToken, hold, stand_ins, with_room
 

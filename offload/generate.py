@@ -115,7 +115,7 @@ def generate(options: argparse.Namespace, prompt: str, words: WishWords) -> tupl
     from offload.memory import trim_memory
 
     trim_memory()  # what the import of torch left, before that of transformers comes on top
-    from offload.convert import opened
+    from offload.formats.convert import opened
     from offload.planning.words import describe
     from offload.sampling import Sampling
     from offload.session import Prompts, Session

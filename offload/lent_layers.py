@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from offload.copy_queue import CopyLog, Lender, Ring
-from offload.device import Device
+from offload.gpu.copy_queue import CopyLog, Lender, Ring
+from offload.gpu.device import Device
 from offload.layer_view import LayerView
 from offload.memory import Memory
 from offload.transfer import Turn

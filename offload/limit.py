@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_matmul import cpu_backend, read_seconds
-from offload.copy_queue import Bounce
-from offload.device import Device
-from offload.device_side import DeviceSide
+from offload.gpu.copy_queue import Bounce
+from offload.gpu.device import Device
+from offload.gpu.device_side import DeviceSide
 from offload.memory import Arena
 from offload.read_queue import read_blob
 from offload.streaming import Executor

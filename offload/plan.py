@@ -59,7 +59,7 @@ def _command(argv: list[str]) -> None:
     wishes = Wishes.of(words)
     if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
         raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
-    from offload.convert import opened
+    from offload.formats.convert import opened
 
     options.model = opened(options.model, plain=True)
     subject = _subject(options, wishes)

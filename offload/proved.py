@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from offload.cache import CACHE_NAME
 from offload.fused import decoder_layer
+from offload.kv.cache import CACHE_NAME
 from offload.linear import PackedLinear
 from offload.single_token import SingleToken, stand_ins
 

@@ -97,15 +97,15 @@ def serve(options: argparse.Namespace, words: WishWords, key: str, listener: soc
     """Load, print the plan, and answer until a signal; then let what runs end, for `options.grace` seconds at most."""
     import uvicorn
 
-    from offload.convert import opened
+    from offload.formats.convert import opened
     from offload.limit import measure_links
     from offload.memory import trim_memory
     from offload.planning.words import describe
-    from offload.rounds import Rounds
     from offload.serving.app import Service
     from offload.serving.metrics import Metrics
     from offload.serving.prefixes import Prefixes
     from offload.serving.request import Bounds
+    from offload.serving.rounds import Rounds
     from offload.session import Prompts, Session
 
     trim_memory()

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from offload.cache import CACHE_NAME
 from offload.checkpoint import is_checkpoint
 from offload.errors import InputError
 from offload.executor import executor_of, load, new_cache
 from offload.finite import CheckedStreamer, FiniteLogits
+from offload.kv.cache import CACHE_NAME
 from offload.planning.costs import recall_costs
 from offload.planning.wishes import Wishes, WishWords
 from offload.sampling import Sampling

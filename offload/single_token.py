@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from offload.cache import CACHE_NAME, Int8Layer
+from offload.kv.cache import CACHE_NAME, Int8Layer
 
 _ROOM_TOKENS = 256
 _HIDDEN_BNH = 3  # rank of hidden states [batch, tokens, hidden]

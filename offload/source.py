@@ -134,7 +134,7 @@ def _dequantize_gguf(file: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from offload.gguf_tokenizer import load_gguf_tokenizer
+    from offload.formats.gguf_tokenizer import load_gguf_tokenizer
 
     say(f"dequantising {file.name} to bf16, once, into {directory.parent}")
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 """Owns the memory of a model's weights, and moves them under its decoder layers.
 
 Just before a layer runs its weights are attached, views of the memory they were read into, and just after they are
-detached. What a device computes is arranged by `offload.device_side`, with the same hooks and the same ring.
+detached. What a device computes is arranged by `offload.gpu.device_side`, with the same hooks and the same ring.
 """
 
 import weakref
@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from kernels.cpu_matmul import compiled_library
 from offload.checkpoint import Checkpoint, LayerBlob
 from offload.checksums import verify
-from offload.copy_queue import Ring
-from offload.device import Device
-from offload.device_side import DeviceSide, Parts, move_buffers
 from offload.embedding import DiskEmbedding
 from offload.expert_cache import ExpertCache
 from offload.experts import Experts
 from offload.fused import FusedLayer
+from offload.gpu.copy_queue import Ring
+from offload.gpu.device import Device
+from offload.gpu.device_side import DeviceSide, Parts, move_buffers
 from offload.head import StreamedHead, verify_head
 from offload.layer_view import PACKED, SHAPE, LayerView, layer_view
 from offload.lent_layers import LentLayers

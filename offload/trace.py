@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offload.checkpoint import LayerBlob
-from offload.device import Stamp
 from offload.errors import ResourceError
+from offload.gpu.device import Stamp
 from offload.streaming import Executor
 
 _COMPUTE, _READ, _COPY, _COPY_BACK = 1, 2, 3, 4

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from offload.checkpoint import LayerBlob
-from offload.device import Fence
+from offload.gpu.device import Fence
 from offload.memory import Arena, Memory
 from offload.transfer_queue import Transfer, TransferQueue
 
@@ -31,7 +31,7 @@ class Turn:
 
 
 class Gate(Protocol):
-    """Who lets several sequences use a unit before its slot is free again, see `offload.rounds`."""
+    """Who lets several sequences use a unit before its slot is free again, see `offload.serving.rounds`."""
 
     def arrive(self, position: int) -> None:
         """Return when the unit may be used."""

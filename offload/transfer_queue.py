@@ -13,8 +13,8 @@ from threading import Condition, Thread
 from typing import Any
 
 from offload.checkpoint import LayerBlob
-from offload.device import Fence
 from offload.errors import CheckpointError
+from offload.gpu.device import Fence
 
 
 class Transfer:

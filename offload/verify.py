@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offload.checkpoint import Checkpoint
-    from offload.device import Device
+    from offload.gpu.device import Device
     from offload.planning.wishes import WishWords
 
 _SLOTS = (1, 2, 3)
@@ -63,7 +63,7 @@ def _command(argv: list[str]) -> None:
     if not options.model.is_dir() and options.model == DEFAULT_OUTPUT:
         raise InputError(f"{options.model}: not made yet; `python -m quant.awq --bits 4` makes it, or name a --model")
     from offload.checkpoint import Checkpoint
-    from offload.convert import opened
+    from offload.formats.convert import opened
 
     options.model = opened(options.model, plain=True)
     checkpoint = Checkpoint.open(options.model)
@@ -145,7 +145,7 @@ def device_offers(checkpoint: "Checkpoint", available_bytes: int, device: "Devic
 
 def _all_offers(checkpoint: "Checkpoint") -> list[Offer]:
     """Return what is to be tried here, and say what is not."""
-    from offload.device import find_device
+    from offload.gpu.device import find_device
 
     available, device = available_bytes(), find_device()
     tried = offers(checkpoint, available)
@@ -177,8 +177,8 @@ def _logits(options: argparse.Namespace, offer: Offer) -> "tuple[list[Tensor], f
     """Return the logits of a prompt and of the tokens after it, and how many of the latter a second."""
     import torch
 
-    from offload.cache import CACHE_NAME
     from offload.executor import executor_of, load
+    from offload.kv.cache import CACHE_NAME
     from offload.planning.arrangement import arranged
     from offload.proved import unfuse
 

@@ -20,8 +20,8 @@ def _command(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.output is not None and options.model is None:
         raise UsageError(f"--output {options.output}: name the --model that goes there")
-    from offload.convert import clear, describe_copies, opened, require_original
-    from offload.gguf_file import gguf_path
+    from offload.formats.convert import clear, describe_copies, opened, require_original
+    from offload.formats.gguf_file import gguf_path
 
     if options.list:
         print("\n".join(describe_copies()) or "nothing was converted yet")

@@ -28,10 +28,10 @@ from offload.checkpoint import (
 )
 from offload.checkpoint_writer import write_safetensors
 from offload.command import Parser, Progress, format_bytes, run, say
-from offload.convert import opened
 from offload.durable_file import write_durably
 from offload.errors import InputError, ResourceError, UsageError
 from offload.files import read_json
+from offload.formats.convert import opened
 from offload.layer_view import ORDER, PACKED, SCALE, SHAPE, ZERO
 from offload.memory import FileReader
 from offload.source import DEFAULT_OUTPUT, check_made, files_around

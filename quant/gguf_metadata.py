@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from offload.errors import InputError
 from offload.files import read_json
-from offload.gguf_tokenizer import CUTS, DIGITS, GPT2_WORDS
+from offload.formats.gguf_tokenizer import CUTS, DIGITS, GPT2_WORDS
 from offload.text import load_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from offload.cache import CACHE_NAME
 from offload.checkpoint import Checkpoint
 from offload.command import Parser, Progress, run, say
 from offload.errors import InputError, UsageError
 from offload.executor import executor_of
 from offload.executor import load as load_model
-from offload.kv_calibration import KV_NAME, LayerKV, write_kv
+from offload.kv.cache import CACHE_NAME
+from offload.kv.calibration import KV_NAME, LayerKV, write_kv
 from offload.source import DEFAULT_OUTPUT, check_made
 from offload.text import load_text, load_tokenizer, sample_windows, tokenize
 

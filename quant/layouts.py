@@ -14,7 +14,7 @@ from kernels.packed import PackedWeight
 from kernels.repack import to_awq, to_gptq
 from offload.checkpoint import PLAIN, Checkpoint, LayerBlob
 from offload.errors import InputError
-from offload.kv_calibration import read_kv
+from offload.kv.calibration import read_kv
 from offload.layer_view import PACKED
 
 Strategy = Literal["tensor", "attn_head"]

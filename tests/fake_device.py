@@ -347,7 +347,7 @@ def fake_gpu(
     if steps:
         _watch_launches(monkeypatch, device)
     else:
-        monkeypatch.setattr("offload.device_side.fuse", lambda *_: 0)
+        monkeypatch.setattr("offload.gpu.device_side.fuse", lambda *_: 0)
         for module in ("needs", "step_needs"):  # nor is anything planned for them
             monkeypatch.setattr(f"offload.planning.{module}.step_shape", lambda *_: None)
     handle = register_module_forward_hook(touch)
@@ -404,6 +404,6 @@ def _watch_cache(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
 
         monkeypatch.setattr(kind, "attend", attended)
 
-    monkeypatch.setattr("offload.cache.append_tokens", appended)
+    monkeypatch.setattr("offload.kv.cache.append_tokens", appended)
     watch(CompiledAttention)
     watch(DequantizedAttention)

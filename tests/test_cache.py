@@ -22,8 +22,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kernels.kv_block import BLOCK_TOKENS, quantize_tokens
-from offload.cache import INT8_ATTENTION, Int8Layer, KVCache, int8_attention, use_int8_attention
 from offload.errors import UsageError
+from offload.kv.cache import INT8_ATTENTION, Int8Layer, KVCache, int8_attention, use_int8_attention
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

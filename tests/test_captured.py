@@ -20,8 +20,8 @@ from test_recovery import Full
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.captured import CapturedLayer
 from offload.executor import executor_of, load, new_cache
+from offload.gpu.captured import CapturedLayer
 from offload.single_token import stand_ins
 from quant.kv import main as calibrate_kv
 

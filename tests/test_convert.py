@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from offload import convert, generate
+from offload import generate
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError, InputError
 from offload.executor import executor_of, load
-from offload.foreign import foreign_format
+from offload.formats import convert
+from offload.formats.foreign import foreign_format
 from quant.convert import main
 from tests.packers import Grid, random_grid, to_awq, to_compressed_tensors, to_gptq
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.ppl import main as ppl
-from offload import convert, generate
+from offload import generate
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError, ResourceError
 from offload.executor import executor_of, load
+from offload.formats import convert
 from offload.verify import main as verify
 from quant.convert import main
 

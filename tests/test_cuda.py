@@ -19,8 +19,8 @@ from kernels.device_step import DeviceStep
 from kernels.kv_block import KVBlock, KVBlocks, KVContext, write_tokens
 from kernels.reference import attention_reference
 from kernels.step_room import StepRoom, StepShape
-from offload.device import CudaDevice
 from offload.executor import executor_of, load
+from offload.gpu.device import CudaDevice
 from offload.planning.arrangement import arranged
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]

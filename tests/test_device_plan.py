@@ -13,8 +13,8 @@ from test_units import untied
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
 from offload.executor import executor_of, load
+from offload.gpu.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
 from offload.linear import PackedLinear
 from offload.memory import Arena, whole_pages
 from offload.planning import needs as needs_module

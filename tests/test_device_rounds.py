@@ -20,19 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from offload import rounds as module
-from offload.cache import Int8Layer
 from offload.checkpoint import LayerBlob
 from offload.executor import executor_of, load, new_cache
+from offload.kv.cache import Int8Layer
 from offload.limit import Limit, bytes_by_link
 from offload.linear import PackedLinear
 from offload.planning.arrangement import arranged
 from offload.planning.needs import Needs
 from offload.planning.placement import Placement
-from offload.rounds import Cancelled, Rounds
 from offload.sampling import Sampling
+from offload.serving import rounds as module
 from offload.serving.metrics import Metrics
 from offload.serving.prefixes import Prefixes
+from offload.serving.rounds import Cancelled, Rounds
 from offload.session import Prompts, Session
 from offload.transfer import Slots
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.packed import PackedWeight, dequantize
-from offload import convert
 from offload.checkpoint import Checkpoint
 from offload.executor import load
+from offload.formats import convert
 from quant.convert import main as convert_main
 from quant.export import main
 from quant.rtn import main as rtn

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kernels.packed import dequantize, pack, unpack
 from kernels.repack import from_ggml, to_ggml
-from offload import convert
 from offload.executor import load
+from offload.formats import convert
 from quant.export import main
 from quant.rtn import main as rtn
 from tests.packers import random_grid

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CompressedTensorsConfig, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from offload import convert
 from offload.checkpoint import Checkpoint
 from offload.executor import load
-from offload.kv_calibration import KV_NAME, LayerKV, read_kv, write_kv
+from offload.formats import convert
+from offload.kv.calibration import KV_NAME, LayerKV, read_kv, write_kv
 from quant import awq, kv
 from quant.export import main
 from tests.test_walk import awq_flags

@@ -12,8 +12,8 @@ from kernels.cpu_matmul import compiled_library
 from kernels.decoder import CompiledLayer, Token
 from kernels.kv_block import CHUNK_TOKENS
 from offload import fused, proved, single_token
-from offload.cache import KVCache
 from offload.executor import executor_of, load, new_cache
+from offload.kv.cache import KVCache
 from tests.test_executor import streamed
 
 pytestmark = pytest.mark.skipif(compiled_library() is None, reason="no compiled kernels")
@@ -338,7 +338,7 @@ def test_steps_over_keys_on_disk_give_the_bits_of_those_in_memory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, mode: Any
 ) -> None:
     """The context passes the end of a chunk in the middle, and is cut back into one that was on disk."""
-    monkeypatch.setattr("offload.kv_store.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("offload.kv.store.cache_directory", lambda: tmp_path)
     directory = checkpoint_of("llama", tmp_path, tiny_model, max_position_embeddings=8192)
     prompt = torch.randint(4, 250, (1, 3 * CHUNK_TOKENS - 2), generator=torch.Generator().manual_seed(0))
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kernels.packed import dequantize
 from kernels.repack import from_ggml
-from offload import convert
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError, InputError
 from offload.executor import executor_of, load
+from offload.formats import convert
 from quant.convert import main
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])

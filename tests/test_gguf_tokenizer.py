@@ -8,10 +8,10 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoTokenizer
 
-from offload import convert
 from offload.errors import InputError
 from offload.files import read_json
-from offload.gguf_tokenizer import CUTS, load_gguf_tokenizer
+from offload.formats import convert
+from offload.formats.gguf_tokenizer import CUTS, load_gguf_tokenizer
 from offload.source import _embedded_gguf
 from quant.convert import main
 from quant.gguf_metadata import _pre_tokenizer

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
 from eval.likelihood import Protocol, measure
-from offload.cache import Int8Layer, use_int8_attention
 from offload.checkpoint import MANIFEST_NAME, Checkpoint
 from offload.errors import CheckpointError
 from offload.executor import executor_of, load, new_cache
-from offload.kv_calibration import KV_NAME, read_kv
+from offload.kv.cache import Int8Layer, use_int8_attention
+from offload.kv.calibration import KV_NAME, read_kv
 from quant import awq, gptq, rtn
 from quant.kv import listen, main
 

@@ -18,13 +18,13 @@ from transformers import Cache, PreTrainedModel
 from kernels.kv_block import CHUNK_TOKENS, BlockShape
 from offload import generate as command
 from offload import limit as limit_module
-from offload.cache import Int8Layer
 from offload.errors import ResourceError
 from offload.executor import executor_of, load, new_cache
-from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, SPARE, share_out
+from offload.kv.cache import Int8Layer
+from offload.kv.shelf import CHUNK_BLOCKS, SLOTS, SPARE, share_out
+from offload.kv.shelved_layer import ShelvedLayer
 from offload.limit import bounding, bytes_by_link, measure_links
 from offload.memory import whole_pages
-from offload.shelved_layer import ShelvedLayer
 from offload.trace import Trace
 
 pytestmark = pytest.mark.timeout(120)

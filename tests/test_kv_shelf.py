@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import Cache, Gemma2Config, PreTrainedModel
 
 from kernels.kv_block import CHUNK_TOKENS, BlockShape
-from offload.cache import KVCache, use_int8_attention
 from offload.errors import ResourceError, UsageError
 from offload.executor import executor_of, load, new_cache
-from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, SPARE, share_out
-from offload.kv_store import FileStore
+from offload.kv.cache import KVCache, use_int8_attention
+from offload.kv.shelf import CHUNK_BLOCKS, SLOTS, SPARE, share_out
+from offload.kv.shelved_layer import ShelvedLayer, shelved_cache
+from offload.kv.store import FileStore
 from offload.memory import FileReader, whole_pages
 from offload.read_queue import ReadQueue
-from offload.shelved_layer import ShelvedLayer, shelved_cache
 from tests.test_cache import generate, tiny
 
 PAGES = whole_pages(CHUNK_BLOCKS * BlockShape(1, 2, 16, 16).nbytes)
@@ -29,7 +29,7 @@ BESIDE = SLOTS + SPARE
 
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReadQueue]:
-    monkeypatch.setattr("offload.kv_store.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("offload.kv.store.cache_directory", lambda: tmp_path)
     reader = FileReader()
     queue = ReadQueue(reader, lambda blob, arena: None)
     yield queue
@@ -187,7 +187,7 @@ def test_a_model_is_loaded_with_it_and_the_plan_counts_what_is_in_memory(
     """Weights from disk and keys and values from disk share a queue."""
     from quant.rtn import main
 
-    monkeypatch.setattr("offload.kv_store.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("offload.kv.store.cache_directory", lambda: tmp_path)
     copied = tmp_path / "model"
     shutil.copytree(tiny_model, copied)
     config = json.loads((copied / "config.json").read_text())

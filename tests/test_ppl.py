@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrai
 from eval import compare, ppl
 from eval.likelihood import Divergence, Protocol, measure, standard_error
 from eval.ppl import Perplexity, load_for_evaluation, record, strict_json
-from offload.cache import use_int8_attention
 from offload.checkpoint import Checkpoint
 from offload.errors import InputError
+from offload.kv.cache import use_int8_attention
 from offload.text import load_text, tokenize
 
 Capture = pytest.CaptureFixture[str]

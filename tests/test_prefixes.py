@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, Gemma3TextConfig
 from transformers.cache_utils import DynamicLayer
 
-from offload.cache import Int8Layer
-from offload.recovery import move_layer
+from offload.gpu.recovery import move_layer
+from offload.kv.cache import Int8Layer
 from offload.sampling import Sampling
 from offload.serving.prefixes import Prefixes
 from offload.session import Prompts, Session

@@ -14,13 +14,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kernels.kv_block import BLOCK_TOKENS
 from offload import generate as command
-from offload.cache import Int8Layer
 from offload.errors import ResourceError
 from offload.executor import executor_of, load
+from offload.gpu.recovery import _undo_of, move_layer
+from offload.kv.cache import Int8Layer
 from offload.planning.choice import plan, plan_smaller
 from offload.planning.needs import Needs
 from offload.planning.wishes import Wishes
-from offload.recovery import _undo_of, move_layer
 from offload.sampling import Sampling
 from offload.session import Prompts, Session
 

@@ -17,8 +17,8 @@ from offload.executor import executor_of, load
 from offload.fused import FusedLayer
 from offload.linear import JointProduct
 from offload.planning.choice import plan
-from offload.rounds import Cancelled, Rounds, Sequence
 from offload.sampling import Sampling
+from offload.serving.rounds import Cancelled, Rounds, Sequence
 from offload.session import Prompts, Session
 from quant import rtn
 

@@ -9,12 +9,12 @@ from fake_device import fake_gpu
 from eval.speed.__main__ import main
 from eval.speed.kv import Shape
 from kernels.kv_block import CHUNK_TOKENS
-from offload.cache import Int8Layer, int8_attention
-from offload.kv_shelf import Shelf
-from offload.kv_store import FileStore
+from offload.kv.cache import Int8Layer, int8_attention
+from offload.kv.shelf import Shelf
+from offload.kv.shelved_layer import ShelvedLayer
+from offload.kv.store import FileStore
 from offload.memory import FileReader, whole_pages
 from offload.read_queue import ReadQueue
-from offload.shelved_layer import ShelvedLayer
 
 FLAGS = [
     "kv-disk",

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload import generate, plan
-from offload.convert import opened
 from offload.errors import ResourceError
 from offload.executor import executor_of, load
+from offload.formats.convert import opened
 from offload.layer_view import SHAPE
 from offload.limit import bytes_by_link
 from offload.planning import machine, trial

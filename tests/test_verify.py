@@ -123,7 +123,7 @@ def test_every_placement_of_a_gpu_is_compared(
     monkeypatch.setattr("offload.verify.available_bytes", lambda: 10 << 30)
     monkeypatch.setattr(Checkpoint, "nbytes", property(lambda checkpoint: nbytes))
     with fake_gpu(monkeypatch) as device:
-        monkeypatch.setattr("offload.device.find_device", lambda: device)
+        monkeypatch.setattr("offload.gpu.device.find_device", lambda: device)
         assert main(["--model", str(tiny_checkpoint), *FLAGS, "--json"]) == 0
     placements = json.loads(capsys.readouterr().out)["placements"]
     of_device = [one for one in placements if one["placement"].startswith("GPU: ")]
@@ -143,7 +143,7 @@ def test_a_copy_that_goes_wrong_is_found(
 
     monkeypatch.setattr(FakeDevice, "copy", short)
     with fake_gpu(monkeypatch) as device:
-        monkeypatch.setattr("offload.device.find_device", lambda: device)
+        monkeypatch.setattr("offload.gpu.device.find_device", lambda: device)
         assert main(["--model", str(tiny_checkpoint), *FLAGS]) == 3
     told = capsys.readouterr().err
     assert "other logits than GPU: resident, GPU: resident, modules: GPU: half staged (in the prompt); " in told

@@ -162,7 +162,7 @@ def _accelerate(model: Path, cpu_memory: int | None, context_tokens: int) -> Eng
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-    from offload.cache import CACHE_NAME
+    from offload.kv.cache import CACHE_NAME
 
     with init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)

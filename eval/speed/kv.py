@@ -21,9 +21,9 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from eval.speed.report import Rows
 from eval.speed.timing import Samples, Step, copies_in, paired
 from kernels.cpu_matmul import read_seconds
-from offload.cache import Int8Layer, int8_attention
 from offload.command import Progress, say
 from offload.errors import ResourceError, UsageError
+from offload.kv.cache import Int8Layer, int8_attention
 
 _POOL_BYTES = 384 << 20
 _SAMPLE_SECONDS = 0.1

@@ -20,16 +20,16 @@ from torch import nn
 from eval.speed.kv import Shape
 from eval.speed.report import Rows
 from kernels.kv_block import BlockShape
-from offload.cache import Int8Layer, int8_attention
 from offload.command import Progress, format_bytes
-from offload.copy_queue import CopyLog
-from offload.device import Device, find_device
 from offload.errors import UsageError
-from offload.kv_shelf import CHUNK_BLOCKS, SLOTS, SPARE, Shelf, Store
-from offload.kv_store import FileStore, HostStore
+from offload.gpu.copy_queue import CopyLog
+from offload.gpu.device import Device, find_device
+from offload.kv.cache import Int8Layer, int8_attention
+from offload.kv.shelf import CHUNK_BLOCKS, SLOTS, SPARE, Shelf, Store
+from offload.kv.shelved_layer import ShelvedLayer
+from offload.kv.store import FileStore, HostStore
 from offload.memory import Arena, FileReader, whole_pages
 from offload.read_queue import ReadQueue, read_blob
-from offload.shelved_layer import ShelvedLayer
 
 _LINK_SECONDS = 0.5
 _COPIES = 64

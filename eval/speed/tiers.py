@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from eval.speed.random_model import MODELS, SHAPES, ModelShape, write_checkpoint
 from eval.speed.report import Rows
-from offload.cache import CACHE_NAME
 from offload.command import Progress, format_bytes, say
 from offload.errors import ToolkitError, UsageError
 from offload.executor import executor_of, load, new_cache
+from offload.kv.cache import CACHE_NAME
 from offload.limit import Limit, measure_limit
 from offload.planning.arrangement import ARRANGEMENTS, WITHOUT_A_DEVICE, arranged
 from offload.proved import unfuse

@@ -145,7 +145,7 @@ def decode_costs(
 
 
 def round_costs(shape: Shape, machine: Machine, overheads: Overheads, context_tokens: int, parallel: int) -> Costs:
-    """Return the costs of a round, see `offload.rounds`: a token of each of `parallel` sequences, as `decode_costs`.
+    """Return the costs of a round of `offload.serving`: a token of each of `parallel` sequences, as `decode_costs`.
 
     What is read, or crosses the bus, does so once for all. Layers on the host make one product for all where they are
     joint, a head that is packed does, of a byte a weight; everything else is done for one after the other.

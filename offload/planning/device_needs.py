@@ -7,7 +7,7 @@ import torch
 
 from kernels.triton_tuning import GpuKind, WeightShape, product_bytes
 from offload.checkpoint import Checkpoint, LayerBlob
-from offload.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
+from offload.gpu.copy_queue import BOUNCE_BUFFERS, BOUNCE_BYTES
 from offload.layer_view import PACKED, SCALE, SHAPE, copied, copied_bytes
 from offload.memory import whole_pages
 from offload.planning.predict import Tier

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from kernels.kv_block import BLOCK_TOKENS, BlockShape
 from kernels.triton_tuning import GpuKind
 from offload.checkpoint import Checkpoint, LayerBlob
-from offload.kv_shelf import shelved_bytes
+from offload.kv.shelf import shelved_bytes
 from offload.layer_view import copied_bytes
 from offload.memory import own_memory_bytes, reread_libraries, trim_memory, whole_pages
 from offload.planning.device_needs import DeviceScratch, SplitNeeds, device_scratch, is_given_up, split_needs
@@ -145,8 +145,8 @@ def count_needs(
     units: what of it can be had apart. dtype: of activations, keys and values, and of what is not quantized.
     chunk_tokens: tokens of each sequence in the largest pass. gpu: that may be used, None for no GPU. kv: how keys and
     values are kept, None for in dtype. kv_bytes: of them at hand, see `Wishes`. parallel: batches that share passes,
-    see `offload.rounds`, each with keys and values of its own; kept_tokens: those of so many tokens more. code_bytes:
-    what libraries' pages will take, see `library_bytes`. Raises ResourceError if kv_bytes is too little.
+    see `offload.serving.rounds`, each with keys and values of its own; kept_tokens: those of so many tokens more.
+    code_bytes: what libraries' pages will take, see `library_bytes`. Raises ResourceError if kv_bytes is too little.
     """
     at_hand, away = _cache_at_hand(config, context_tokens, dtype.itemsize, batch_size, kv, kv_bytes)
     of_others = (parallel - 1) * batch_size * cache_bytes(config, context_tokens, dtype.itemsize, kv)

@@ -1,4 +1,4 @@
-"""What the decode step that a GPU replays takes there, counted before a layer is loaded: see offload/captured.py."""
+"""What the decode step that a GPU replays takes there (offload/gpu/captured.py), counted before a layer is loaded."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ from transformers import PretrainedConfig
 
 from kernels.step_room import StepShape
 from kernels.triton_tuning import GpuKind
-from offload.captured import FEWEST_TOKENS, most_tokens, room_bytes
 from offload.checkpoint import Checkpoint
+from offload.gpu.captured import FEWEST_TOKENS, most_tokens, room_bytes
 from offload.planning.device_needs import DeviceScratch, packed_shapes
 from offload.planning.wishes import KVFormat
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from offload.rounds import Cancelled, Sequence
 from offload.serving.prefixes import Prefixes
 from offload.serving.request import Request
+from offload.serving.rounds import Cancelled, Sequence
 from offload.session import Prompts, Session
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"

@@ -16,12 +16,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from offload.rounds import Rounds
 from offload.serving.answer import Answer
 from offload.serving.metrics import Metrics
 from offload.serving.prefixes import Prefixes
 from offload.serving.reply import DONE, Replies, error_object, event
 from offload.serving.request import Bounds, Kind, RequestError, check
+from offload.serving.rounds import Rounds
 from offload.session import Session
 
 _log = logging.getLogger(__name__)

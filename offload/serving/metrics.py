@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from offload.limit import Limit, bytes_by_link
-from offload.rounds import Rounds
+from offload.serving.rounds import Rounds
 from offload.streaming import Executor
 
 

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from kernels.kv_block import BLOCK_TOKENS
-from offload.cache import Int8Layer
+from offload.kv.cache import Int8Layer
 from offload.session import PREFILL_CHUNK_TOKENS
 
 _Pass = tuple[Any, ...]  # of each layer: keys and values [1, K, N, D] of the model's dtype, or a list of int8 blocks

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from offload.checkpoint import LayerBlob
-from offload.device import Device, Fence, Stamp
+from offload.gpu.device import Device, Fence, Stamp
 from offload.memory import Memory
 from offload.transfer import Gate, Slots
 from offload.transfer_queue import Transfer, TransferQueue

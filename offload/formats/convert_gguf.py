@@ -11,7 +11,7 @@ from offload.checkpoint import WIDE_BITS, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress
 from offload.errors import InputError
-from offload.gguf_file import GgufFile
+from offload.formats.gguf_file import GgufFile
 from offload.skeleton import build_skeleton, config_of, decoder_layers, outer_names
 from offload.version import VERSION
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload.copy_queue import Ring
 from offload.executor import executor_of
 from offload.fused import fused_layers
+from offload.gpu.copy_queue import Ring
 from offload.head import StreamedHead
 from offload.joint import Joint
 from offload.linear import JointProduct, PackedLinear

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from kernels.packed import pack_zero, symmetric_zero
 from kernels.repack import from_ggml
 from offload.errors import CheckpointError, InputError
-from offload.gguf_tokenizer import load_gguf_tokenizer
+from offload.formats.gguf_tokenizer import load_gguf_tokenizer
 from offload.layer_view import PACKED, SCALE, SHAPE, ZERO
 from offload.source import files_around
 

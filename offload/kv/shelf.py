@@ -2,7 +2,7 @@
 
 A chunk holds CHUNK_TOKENS tokens of one layer, what attention takes at a time. It is put away once, when it is full,
 and never changes. It comes back through a queue, in the order of a pass: the next chunk of a layer, the first of the
-next layer, and around the end of the model into the next token. Where chunks are meanwhile: `offload/kv_store.py`.
+next layer, and around the end of the model into the next token. Where chunks are meanwhile: `offload/kv/store.py`.
 """
 
 from collections import deque
@@ -16,8 +16,8 @@ import torch
 from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, BlockShape, KVBlock
 from offload.checkpoint import LayerBlob
 from offload.command import format_bytes
-from offload.device import Fence
 from offload.errors import ResourceError
+from offload.gpu.device import Fence
 from offload.memory import Memory, whole_pages
 from offload.transfer_queue import Transfer, TransferQueue
 

@@ -22,12 +22,12 @@ from offload.ahead import ahead
 from offload.checkpoint import CONFIG_NAME, MANIFEST_NAME, PLAIN, Checkpoint, Recipe
 from offload.checkpoint_writer import open_writer
 from offload.command import Progress, format_bytes, say
-from offload.convert_gguf import convert_gguf, gguf_identity
-from offload.convert_plain import convert_plain, is_plain
 from offload.errors import CheckpointError, InputError
 from offload.files import read_json
-from offload.foreign import Foreign, foreign_format
-from offload.gguf_file import gguf_path
+from offload.formats.convert_gguf import convert_gguf, gguf_identity
+from offload.formats.convert_plain import convert_plain, is_plain
+from offload.formats.foreign import Foreign, foreign_format
+from offload.formats.gguf_file import gguf_path
 from offload.layer_view import ORDER
 from offload.skeleton import build_skeleton, decoder_layers, outer_names, read_config
 from offload.source import cache_directory, files_around

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from offload.captured import CapturedLayer, StepRooms
 from offload.checkpoint import LayerBlob
-from offload.copy_queue import BOUNCE_BYTES, Bounce, CopyLog, CopyQueue, Kept, KeptInTurn, Lender, Ring
-from offload.device import Device
+from offload.gpu.captured import CapturedLayer, StepRooms
+from offload.gpu.copy_queue import BOUNCE_BYTES, Bounce, CopyLog, CopyQueue, Kept, KeptInTurn, Lender, Ring
+from offload.gpu.device import Device
 from offload.layer_view import LayerView, copied_bytes
 from offload.lent_layers import Crossing, LentLayers, MappedLayers
 from offload.memory import Arena, Memory

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels.kv_block import BLOCK_TOKENS, CHUNK_TOKENS, select_sequences
-from offload.cache import INT8_ATTENTION, Int8Layer, KVCache
 from offload.errors import UsageError
-from offload.kv_shelf import CHUNK_BLOCKS, Chunk, Shelf, Store
+from offload.kv.cache import INT8_ATTENTION, Int8Layer, KVCache
+from offload.kv.shelf import CHUNK_BLOCKS, Chunk, Shelf, Store
 
 
 class ShelvedLayer(Int8Layer):

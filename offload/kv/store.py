@@ -11,10 +11,10 @@ from torch import Tensor
 
 from offload.checkpoint import LayerBlob
 from offload.command import format_bytes
-from offload.copy_queue import CopyLog, CopyQueue, Kept
-from offload.device import Device, Fence
 from offload.errors import ResourceError
-from offload.kv_shelf import Chunk
+from offload.gpu.copy_queue import CopyLog, CopyQueue, Kept
+from offload.gpu.device import Device, Fence
+from offload.kv.shelf import Chunk
 from offload.memory import Arena, Memory, whole_pages
 from offload.read_queue import ReadQueue
 from offload.source import cache_directory

@@ -18,9 +18,9 @@ from transformers.cache_utils import DynamicLayer
 from kernels.device_step import DeviceStep
 from kernels.kv_block import integers_on
 from kernels.step_room import StepRoom, StepShape
-from offload.cache import Int8Layer
-from offload.device import Device
 from offload.fused import decoder_layer
+from offload.gpu.device import Device
+from offload.kv.cache import Int8Layer
 from offload.linear import PackedLinear
 from offload.memory import Memory
 from offload.single_token import SingleToken, hold, with_room

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload.cache import Int8Layer, keeps_nothing
 from offload.command import format_bytes
 from offload.errors import ResourceError
+from offload.kv.cache import Int8Layer, keeps_nothing
+from offload.kv.shelved_layer import ShelvedLayer
 from offload.lent_layers import move_inputs
 from offload.planning.choice import plan_smaller
 from offload.planning.placement import Placement
 from offload.planning.predict import Costs
 from offload.planning.wishes import Wishes
-from offload.shelved_layer import ShelvedLayer
 from offload.streaming import Executor
 
 _log = logging.getLogger(__name__)
