@@ -23,6 +23,7 @@ from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError, ResourceError
 from offload.executor import executor_of, load
 from offload.memory import own_memory_bytes
+from offload.planning.needs import CODE_BYTES
 
 TOKENS = torch.tensor([[5, 77, 130, 9, 200, 41, 3]])
 
@@ -220,3 +221,19 @@ def test_importing_the_room_imports_no_torch() -> None:
     code = "import sys, offload; assert 'torch' not in sys.modules; assert not hasattr(offload, 'loads')"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
     assert offload.load is load
+
+
+@pytest.mark.parametrize(("spare_mib", "times"), [(64, 1), (4096, 0)])
+def test_a_budget_without_room_for_freed_memory_has_it_given_back(
+    tiny_checkpoint: Path, spare_mib: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The C library keeps up to twice the activations of what was freed."""
+    calls: list[int] = []
+    monkeypatch.setattr("offload.executor.give_memory_back_at_once", lambda: calls.append(1))
+    many = {"context_tokens": 32768, "prefill_chunk_tokens": 32768}
+    needs = executor_of(load(tiny_checkpoint, **many)).placement.needs
+    assert needs.activation_bytes > 64 << 20
+    whole_bytes = needs.around_bytes - needs.runtime_bytes + sum(needs.layers_bytes)
+    budget_bytes = own_memory_bytes() + CODE_BYTES + whole_bytes + (spare_mib << 20)
+    assert executor_of(load(tiny_checkpoint, cpu_memory=budget_bytes, **many)).placement.disk_bytes == 0
+    assert len(calls) == times
