@@ -153,12 +153,13 @@ def count_needs(
     standing = Standing.of(config, context_tokens, min(context_tokens, chunk_tokens), dtype.itemsize)
     others = (parallel - 1) * batch_size
     around = [blob for blob in checkpoint.blobs if not blob.module]
+    largest_pass = batch_size * activation_bytes(config, min(context_tokens, chunk_tokens))
+    freed_bytes = min(largest_pass, CODE_BYTES - code_bytes)  # once more: what is freed is not always given back
     return Needs(
-        runtime_bytes=own_memory_bytes() + code_bytes,
+        runtime_bytes=own_memory_bytes() + code_bytes + freed_bytes,
         fixed_bytes=sum(_held_bytes(blob, dtype) for blob in around),
         cache_bytes=at_hand + of_others + cache_bytes(config, kept_tokens, dtype.itemsize, kv),
-        activation_bytes=batch_size * activation_bytes(config, min(context_tokens, chunk_tokens))
-        + others * standing.whole_bytes,
+        activation_bytes=largest_pass + others * standing.whole_bytes,
         layers_bytes=layer_bytes(checkpoint),
         device_runtime_bytes=device_runtime_bytes,
         embedding_bytes=0 if units.embedding is None else _table_elements(*units.embedding) * dtype.itemsize,
