@@ -539,7 +539,7 @@ def test_the_model_card(tiny_model: Path, calibration_text: Path, tmp_path: Path
             f"in 4 bits, {name}, groups of 32; calibrated on 4 windows of 32 tokens of {calibration_text.name}" in words
         )
         assert f"(sha256 {recipe.calibration_sha256}), seed 3" in words
-        assert f"python -m offload.generate --model {name} --cpu-memory 512MiB" in words
+        assert f"python -m offload.generate --model {name} --cpu-memory 448MiB" in words
         assert f'AutoModelForCausalLM.from_pretrained("{name}"' in words
         assert "| this toolkit | yes |" in words
         assert (

@@ -65,9 +65,9 @@ def test_what_is_streamed_is_held_against_the_disk_of_the_same_round(tmp_path: P
 
 
 def test_an_engine_that_fails_is_left_out_and_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    report = measure(options(tmp_path, budgets="320MiB"))
+    report = measure(options(tmp_path, budgets="200MiB"))
     assert report.rows() == []
-    assert "ours: ResourceError: --cpu-memory 320.0 MiB: too small for this model" in capfd.readouterr().err
+    assert "ours: ResourceError: --cpu-memory 200.0 MiB: too small for this model" in capfd.readouterr().err
 
 
 def test_an_engine_that_dies_says_how() -> None:
