@@ -110,7 +110,12 @@ def test_the_second_token_of_a_layer_is_captured_and_replayed_from_then_on(
     assert (found.captures, found.replays) == (3, 3 * (len(NEW) - 1))
 
 
-@pytest.mark.parametrize("name", WHOLE)
+IN_SHORT = ("staged, 2 slots", "mapped and disk into mapped", "host")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in IN_SHORT else [pytest.mark.slow]) for name in WHOLE]
+)
 def test_replayed_where_weights_come_and_go(
     name: str, within: Within, tiny_checkpoint: Path, launched: Decoded
 ) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from transformers import PretrainedConfig
@@ -183,8 +184,14 @@ def settle_libraries() -> int:
     """
     mapped_bytes = trim_memory()
     if mapped_bytes > _COARSE_BYTES:
-        reread_libraries()
+        _read_libraries_anew()
     return library_bytes(mapped_bytes)
+
+
+@cache
+def _read_libraries_anew() -> None:
+    """Do it once in a process: what other processes hold in large pieces stays so."""
+    reread_libraries()
 
 
 def library_bytes(mapped_bytes: int) -> int:
