@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.executor import executor_of, load
 from offload.memory import reread_libraries, trim_memory
 from offload.planning.needs import CODE_BYTES, _read_libraries_anew, library_bytes, settle_libraries
 
@@ -82,3 +83,15 @@ def test_only_large_pieces_are_read_anew_and_once(mapped_mib: int, times: int, m
     for _ in range(2):
         assert settle_libraries() == 2 * mapped_mib * MIB
     assert len(calls) == times
+
+
+@pytest.mark.parametrize(("tokens", "most_mib"), [(32, 57), (32768, 180)])
+def test_the_largest_pass_is_counted_once_more_up_to_what_libraries_were_counted_for(
+    tokens: int, most_mib: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass freed is not always given back; a tiny one adds its own few KiB, a wide one not more than 180 MiB."""
+    monkeypatch.setattr("offload.executor.settle_libraries", lambda: 56 * MIB)
+    monkeypatch.setattr("offload.planning.needs.own_memory_bytes", lambda: 0)
+    model = load(tiny_checkpoint, context_tokens=tokens, prefill_chunk_tokens=tokens)
+    needs = executor_of(model).placement.needs
+    assert needs.runtime_bytes == min(56 * MIB + needs.activation_bytes, CODE_BYTES) <= most_mib * MIB
