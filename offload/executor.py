@@ -97,7 +97,7 @@ def load(
         kv_bytes=wishes.kv_bytes,
         parallel=parallel,
         kept_tokens=kept_tokens,
-        code_bytes=code_bytes if device is None else CODE_BYTES,
+        code_bytes=code_bytes if device is None and parallel == 1 else CODE_BYTES,
     )
     placement: Placement | None = None
     if device is not None:

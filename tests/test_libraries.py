@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,7 @@ def test_the_largest_pass_is_counted_once_more_up_to_what_libraries_were_counted
     """What a pass freed is not always given back; a tiny one adds its own few KiB, a wide one not more than 180 MiB."""
     monkeypatch.setattr("offload.executor.settle_libraries", lambda: 56 * MIB)
     monkeypatch.setattr("offload.planning.needs.own_memory_bytes", lambda: 0)
-    model = load(tiny_checkpoint, context_tokens=tokens, prefill_chunk_tokens=tokens)
-    needs = executor_of(model).placement.needs
+    passes: dict[str, Any] = {"context_tokens": tokens, "prefill_chunk_tokens": tokens}
+    assert executor_of(load(tiny_checkpoint, parallel=2, **passes)).placement.needs.runtime_bytes == CODE_BYTES
+    needs = executor_of(load(tiny_checkpoint, **passes)).placement.needs
     assert needs.runtime_bytes == min(56 * MIB + needs.activation_bytes, CODE_BYTES) <= most_mib * MIB
