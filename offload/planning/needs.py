@@ -20,7 +20,7 @@ from offload.planning.wishes import KVFormat
 from offload.units import Units
 
 CODE_BYTES = 180 << 20
-"""The most that is counted for pages of libraries. It is what is counted beside a GPU, where none were measured, and for
+"""The most that is counted for pages of libraries; what is counted beside a GPU, where none were measured, and for
 sequences that share passes, whose threads hold more than is counted for them: 729 MiB of 700 were seen."""
 
 _LEAST_CODE_BYTES, _CODE_GROWTH = 56 << 20, 2
